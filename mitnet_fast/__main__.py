@@ -1,0 +1,5 @@
+"""``python -m mitnet_fast`` is ``mitnet-fast``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,152 @@
+"""What this machine can do: Python, PyTorch, GPUs, compilers, the compiled half, and every backend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from ._extension import EXTENSION, WHY_NOT
+from .ops import BACKENDS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was looked at, what was found, and what follows from it."""
+
+    subject: str
+    found: str
+    good: bool = True
+
+
+def examine() -> list[Finding]:
+    """Everything ``mitnet-fast doctor`` shows, in its order; nothing here raises."""
+    return [
+        Finding("mitnet_fast", __version__),
+        Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("PyTorch", f"{torch.__version__}, built for {_built_for()}"),
+        _processor(),
+        *_gpus(),
+        _triton(),
+        _compiler("C++ compiler", ["c++", "g++", "clang++"], "needed only to build the compiled half"),
+        _nvcc(),
+        _extension(),
+        *(_package(name, use) for name, use in OPTIONAL_PACKAGES),
+    ]
+
+
+OPTIONAL_PACKAGES = (
+    ("tensorboard", "training curves in TensorBoard (CSV is always written)"),
+    ("transformers", "depth maps from a pretrained teacher"),
+)
+
+
+def report(console: Console) -> None:
+    """Print the findings, then which backend every operator can use."""
+    table = Table("", "what", "found", title="This machine", title_justify="left")
+    for finding in examine():
+        table.add_row("[green]✓[/]" if finding.good else "[yellow]–[/]", finding.subject, finding.found)
+    console.print(table)
+    backends = Table("backend", "state", title="Backends of the operators", title_justify="left")
+    for name in BACKENDS:
+        backends.add_row(name, "[green]ready[/]: plain PyTorch, any device, any floating-point dtype")
+    console.print(backends)
+
+
+def _built_for() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+
+
+def _processor() -> Finding:
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux: the platform's own name stays
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("processor", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
+
+
+def _gpus() -> list[Finding]:
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return [
+            Finding(f"GPU {index}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {_driver()}")
+            for index, p in enumerate(properties)
+        ]
+    if torch.version.cuda is None:
+        seen = EXTENSION.cuda_devices() if EXTENSION else []
+        if seen:
+            names = ", ".join(device["name"] for device in seen)
+            return [Finding("GPU", f"{names} is there, but this PyTorch is built for the CPU", good=False)]
+        return [Finding("GPU", f"none usable: this PyTorch is built for the CPU; {_driver()}", good=False)]
+    return [Finding("GPU", f"PyTorch sees none; {_driver()}", good=False)]
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "no NVIDIA driver found"
+    try:
+        answer = subprocess.run(
+            [tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer"
+    versions = answer.stdout.split()
+    return f"driver {versions[0]}" if answer.returncode == 0 and versions else "nvidia-smi finds no GPU"
+
+
+def _triton() -> Finding:
+    if importlib.util.find_spec("triton") is None:
+        return Finding("Triton", "not installed", good=False)
+    return Finding("Triton", importlib.metadata.version("triton"))
+
+
+def _compiler(subject: str, names: list[str], use: str) -> Finding:
+    path = next((shutil.which(name) for name in names if shutil.which(name)), None)
+    if path is None:
+        return Finding(subject, f"none found; {use}", good=False)
+    return Finding(subject, f"{_first_line([path, '--version'])} ({path})")
+
+
+def _nvcc() -> Finding:
+    home = os.environ.get("CUDA_HOME")
+    path = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    if not path or not os.path.isfile(path):
+        return Finding("nvcc", "none found; needed only to build the CUDA half", good=False)
+    return Finding("nvcc", f"{_first_line([path, '--version'], -2)} ({path})")
+
+
+def _first_line(command: list[str], line: int = 0) -> str:
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return "does not answer"
+    return lines[line] if len(lines) >= abs(line) and lines else "answers nothing"
+
+
+def _extension() -> Finding:
+    if EXTENSION is None:
+        return Finding("compiled half", f"{WHY_NOT}; everything works without it, slower", good=False)
+    build = EXTENSION.build_info()
+    cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "CPU only"
+    debug = ", debug" if build["debug"] else ""
+    against = f"built against torch {build['torch']} by GCC-compatible {build['compiler']}{debug}"
+    return Finding("compiled half", f"{cuda}, {against}; this processor runs its {EXTENSION.cpu_capability()} code")
+
+
+def _package(name: str, use: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, f"not installed; optional: {use}", good=False)
+    return Finding(name, importlib.metadata.version(name))

@@ -1,0 +1,174 @@
+"""Public Fourier operators: real in, real out, no complex tensor crosses their border."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ._backends import check_backend
+from ._checks import (
+    autocast_dtype,
+    check_image_size,
+    check_one_device,
+    check_one_dtype,
+    check_shape,
+    check_tensor,
+    without_autocast,
+)
+
+MODES = ("amplitude", "phase")
+
+
+def amplitude_phase_conv(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    *,
+    mode: str = "amplitude",
+    negative_slope: float = 0.2,
+    output_weight: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Pass the amplitude or the phase of a feature map's spectrum through two 1×1 convolutions.
+
+    With X = rfft2(x) = A·exp(iP) and M = conv1×1 → LeakyReLU → conv1×1 over channels, the result is
+    ``irfft2(output_weight · Y)``, Y = M(A)·exp(iP) in amplitude and A·exp(i·M(P)) in phase mode.
+    Bins that are real for every real image keep an imaginary part of +0, and an amplitude below
+    1e-30 (float64: 1e-290) counts as zero: phase 0, no gradient to x.
+
+    Args:
+        x: [B, C, H, W], any size from 1×1. Half precision is computed in float32.
+        weight1: [Ch, C], first convolution, dtype of ``x``.
+        bias1: [Ch].
+        weight2: [C, Ch], second convolution.
+        bias2: [C].
+        mode: "amplitude" or "phase".
+        negative_slope: of the LeakyReLU.
+        output_weight: [Co, C], applied to Y before the inverse transform (it commutes with it), or
+            None for Y itself.
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, Co, H, W] (C channels without ``output_weight``) in the dtype of ``x``.
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes, devices or the mode do not fit, or the backend does not exist.
+
+    Source: MITNet (arXiv 2308.06998), residual amplitude / phase block.
+    """
+    check_backend(backend)
+    if mode not in MODES:
+        raise ValueError(f"mode: got {mode!r}, allowed are 'amplitude' and 'phase'")
+    check_tensor("x", x, "[B, C, H, W]")
+    check_image_size("x", x)
+    channels = x.shape[1]
+    check_tensor("weight1", weight1, "[Ch, C]")
+    hidden = weight1.shape[0]
+    check_shape("weight1", weight1, (hidden, channels), "[Ch, C]")
+    for name, tensor, shape, meaning in (
+        ("bias1", bias1, (hidden,), "[Ch]"),
+        ("weight2", weight2, (channels, hidden), "[C, Ch]"),
+        ("bias2", bias2, (channels,), "[C]"),
+    ):
+        check_tensor(name, tensor, meaning)
+        check_shape(name, tensor, shape, meaning)
+    if output_weight is not None:
+        check_tensor("output_weight", output_weight, "[Co, C]")
+        check_shape("output_weight", output_weight, (output_weight.shape[0], channels), "[Co, C]")
+    tensors = {
+        "x": x,
+        "weight1": weight1,
+        "bias1": bias1,
+        "weight2": weight2,
+        "bias2": bias2,
+        "output_weight": output_weight,
+    }
+    check_one_device(**tensors)
+    if autocast_dtype(x) is None:
+        check_one_dtype(**tensors)
+    with without_autocast(x):
+        wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
+        y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])
+    return y.to(x.dtype)
+
+
+def half_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """Unnormalised half spectrum rfft2 of a real image as pairs of real numbers.
+
+    Args:
+        x: [..., H, W], at least 2-D. Half precision is computed in float32.
+
+    Returns:
+        [..., H, W//2 + 1, 2], real and imaginary part, float32 (float64 for float64). The imaginary
+        part of the bins that are real for every real image is exactly +0.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: x has no pixel.
+    """
+    _check_images(x=x)
+    with without_autocast(x):
+        return reference.half_spectrum(_widened(x, x.dtype))
+
+
+def amplitude_and_phase(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Amplitude and phase of the half spectrum of a real image, with finite gradients everywhere.
+
+    Args:
+        x: [..., H, W], at least 2-D. Half precision is computed in float32.
+
+    Returns:
+        |rfft2(x)| and angle(rfft2(x)) in radians, both [..., H, W//2 + 1], float32 (float64 for
+        float64). Where the amplitude counts as zero (see :func:`amplitude_phase_conv`) the phase is
+        0 and no gradient reaches x.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: x has no pixel.
+    """
+    _check_images(x=x)
+    with without_autocast(x):
+        return reference.amplitude_and_phase(_widened(x, x.dtype))
+
+
+def recombine(amplitude_of: torch.Tensor, phase_of: torch.Tensor) -> torch.Tensor:
+    """The real image with the amplitude spectrum of one image and the phase spectrum of another.
+
+    Args:
+        amplitude_of: [..., H, W], at least 2-D.
+        phase_of: the same shape and dtype.
+
+    Returns:
+        ``irfft2(|rfft2(amplitude_of)|·exp(i·angle(rfft2(phase_of))))``, [..., H, W] in their dtype;
+        half precision is computed in float32.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices differ, or there is no pixel.
+
+    Source: MITNet (arXiv 2308.06998), amplitude and phase exchanged between the two stages.
+    """
+    _check_images(amplitude_of=amplitude_of, phase_of=phase_of)
+    check_shape("phase_of", phase_of, tuple(amplitude_of.shape), "that of amplitude_of")
+    check_one_device(amplitude_of=amplitude_of, phase_of=phase_of)
+    if autocast_dtype(amplitude_of) is None:
+        check_one_dtype(amplitude_of=amplitude_of, phase_of=phase_of)
+    dtype = torch.promote_types(amplitude_of.dtype, phase_of.dtype)
+    with without_autocast(phase_of):
+        return reference.recombine(_widened(amplitude_of, dtype), _widened(phase_of, dtype)).to(dtype)
+
+
+def _widened(tensor: torch.Tensor, like: torch.dtype) -> torch.Tensor:
+    return tensor.to(torch.float64 if like == torch.float64 else torch.float32)
+
+
+def _check_images(**images: torch.Tensor) -> None:
+    for name, image in images.items():
+        if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+            what = str(image.dtype) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor [..., H, W], got {what}")
+        if image.dim() < 2 or image.shape[-1] < 1 or image.shape[-2] < 1:
+            raise ValueError(f"{name}: expected shape [..., H, W] with at least one pixel, got {list(image.shape)}")

@@ -1,0 +1,172 @@
+"""Builds mitnet_fast and its compiled half, mitnet_fast._C.
+
+    pip install --no-build-isolation -e .
+
+MITNET_FAST_BUILD      auto (default): CUDA when nvcc is found, else the CPU half, else none;
+                       cpu, cuda: exactly that, or an error; none: no compiled half
+TORCH_CUDA_ARCH_LIST   such as "8.0;9.0a"; the default covers Ampere, Hopper and Blackwell
+CUDA_HOME, MAX_JOBS, DEBUG, CXX as usual
+
+No GPU is looked for: a machine without one builds for all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+MODES = ("auto", "cpu", "cuda", "none")
+
+
+def find_cuda_home() -> Path | None:
+    """The folder of a CUDA toolkit with nvcc: CUDA_HOME, then PATH, then pip's nvidia packages."""
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates += [str(Path(on_path).resolve().parent.parent)] if on_path else []
+    candidates += ["/usr/local/cuda"]
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    candidates += [str(folder) for folder in sorted(packages.glob("cu[0-9]*"), reverse=True)]
+    candidates += [str(packages / "cuda_nvcc")]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "bin" / "nvcc").is_file() and cudart_folder(Path(candidate)):
+            return Path(candidate)
+    return None
+
+
+def cudart_folder(cuda_home: Path) -> Path | None:
+    """Where the static CUDA runtime lies, None when the toolkit comes without it."""
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (cuda_home / folder / "libcudart_static.a").is_file():
+            return cuda_home / folder
+    return None
+
+
+def nvcc_version(cuda_home: Path) -> str:
+    """Release of the toolkit's nvcc, such as "13.0"."""
+    printed = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release (\d+\.\d+)", printed.stdout).group(1)
+
+
+def architectures() -> list[str]:
+    """Entries of TORCH_CUDA_ARCH_LIST, checked, such as ["8.0", "9.0a", "10.0+PTX"]."""
+    entries = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip(";, "))
+    for entry in entries:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected entries such as 8.0, 9.0a or 10.0+PTX")
+    return entries
+
+
+def gencode(entries: list[str]) -> list[str]:
+    """nvcc's -gencode flags."""
+    flags = []
+    for entry in entries:
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildWithCuda(BuildExtension):
+    """Compiles the .cu files with nvcc into objects, then lets PyTorch's builder do the C++ half.
+
+    The kernels include no PyTorch header, so a CPU build of PyTorch is enough to build them.
+    """
+
+    def build_extensions(self) -> None:
+        try:
+            if cuda_home:
+                self.extensions[0].extra_objects = self.compile_cuda_sources()
+            super().build_extensions()
+        except Exception as error:
+            if mode != "auto":
+                raise
+            print(f"mitnet_fast: the compiled half could not be built and is left out: {error}", file=sys.stderr)
+
+    def compile_cuda_sources(self) -> list[str]:
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [
+            "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden",
+            *(["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]),
+            *gencode(architectures()),
+        ]  # fmt: skip
+        rules = [
+            f"nvcc = {cuda_home / 'bin' / 'nvcc'}",
+            f"flags = {' '.join(flags)} -I{ROOT / 'csrc'}",
+            "rule compile",
+            "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        objects = [folder / f"{'_'.join(source.relative_to(ROOT / 'csrc').parts)}.o" for source in cuda_sources]
+        rules += [f"build {target}: compile {source}" for target, source in zip(objects, cuda_sources, strict=True)]
+        (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *jobs], check=True)
+        return [str(target) for target in objects]
+
+
+mode = os.environ.get("MITNET_FAST_BUILD", "auto").lower()
+if mode not in MODES:
+    sys.exit(f"MITNET_FAST_BUILD: got {mode!r}, allowed are {', '.join(MODES)}")
+debug = os.environ.get("DEBUG", "0").lower() in ("1", "on", "true", "yes")
+has_compiler = bool(shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++"))
+if mode == "auto" and not has_compiler:
+    print("mitnet_fast: no C++ compiler found, building without the compiled half", file=sys.stderr)
+    mode = "none"
+cuda_home = find_cuda_home() if mode in ("auto", "cuda") else None
+if mode == "cuda" and cuda_home is None:
+    sys.exit("MITNET_FAST_BUILD=cuda: no nvcc with a static CUDA runtime in CUDA_HOME, on PATH or in pip's packages")
+
+cuda_sources = sorted((ROOT / "csrc").rglob("*.cu"))
+extensions = []
+if mode != "none":
+    macros = [("MITNET_FAST_TORCH_VERSION", f'"{torch.__version__}"')]
+    link = []
+    if cuda_home:
+        macros += [
+            ("MITNET_FAST_WITH_CUDA", None),
+            ("MITNET_FAST_CUDA_VERSION", f'"{nvcc_version(cuda_home)}"'),
+            ("MITNET_FAST_CUDA_ARCHITECTURES", f'"{";".join(architectures())}"'),
+        ]
+        # static: the extension then loads on machines without a CUDA toolkit
+        link = [f"-L{cudart_folder(cuda_home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    extensions = [
+        CppExtension(
+            "mitnet_fast._C",
+            [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))],
+            include_dirs=[str(ROOT / "csrc")],
+            define_macros=macros,
+            extra_compile_args=["-O0", "-g"] if debug else ["-O3", "-DNDEBUG", "-g0", "-fvisibility=hidden"],
+            extra_link_args=link,
+            depends=[*headers, *(str(path.relative_to(ROOT)) for path in (cuda_sources if cuda_home else []))],
+            optional=mode == "auto",
+        )
+    ]
+
+setup(
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "mitnet_fast" / "__init__.py").read_text()).group(1),
+    packages=[
+        "mitnet_fast",
+        *(f"mitnet_fast.{path.parent.name}" for path in sorted((ROOT / "mitnet_fast").glob("*/__init__.py"))),
+        "mitnet_fast.triton_kernels",
+    ],
+    # the bare name triton_kernels belongs to another project on PyPI
+    package_dir={"mitnet_fast.triton_kernels": "triton_kernels"},
+    package_data={"mitnet_fast": ["py.typed"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildWithCuda},
+)
