@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, installed as ``mitnet_fast.triton_kernels``."""
