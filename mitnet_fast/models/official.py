@@ -171,3 +171,43 @@ MUTUAL_INFORMATION_NAMES: NameTable = (
     (r"32\.(weight|bias)$", r"2.\1"),
     (r"16\.(weight|bias)$", r"3.\1"),
 )
+
+DEPTHNET_NAMES: NameTable = (
+    *((rf"^(dpn\.|)encoder\.{2 * level}\.", rf"\1DRDB_layer{level + 1}.") for level in range(5)),
+    *((rf"^(dpn\.|)encoder\.{2 * level + 1}\.", rf"\1conv{level + 1}.") for level in range(4)),
+    *((rf"^(dpn\.|)decoder\.{2 * level}\.", rf"\1up{level + 1}.") for level in range(4)),
+    *((rf"^(dpn\.|)decoder\.{2 * level + 1}\.", rf"\1DRDB_layer{level + 6}.") for level in range(3)),
+    (r"^(dpn\.|)to_depth\.", r"\1final_conv."),
+    *((rf"\.dense\.{layer}\.", f".Dcov{layer + 1}.") for layer in range(5)),
+    (r"\.fuse\.", ".conv."),
+)
+
+DCMPNET_NAMES: NameTable = (
+    (r"^unused\.", ""),
+    (r"^depth_branch\.", "dpn."),
+    *DEPTHNET_NAMES,
+    (r"^depth_block\.", "drdb."),
+    (r"^prior\.encoder\.0\.", "Unet1.inc.conv."),
+    (r"^prior\.encoder\.(\d)\.", r"Unet1.down\1.mpconv.1.conv."),
+    *((rf"^prior\.decoder\.{level}\.", f"Unet1.up{level + 1}.conv.conv.") for level in range(4)),
+    (r"^prior\.out\.", "Unet1.outc."),
+    *((rf"^prior_projections\.{level}\.", f"d{level + 1}_conv.") for level in range(3)),
+    (r"^embed\.", "patch_embed.proj."),
+    (r"^merge(\d)\.", r"patch_merge\1.proj."),
+    (r"^up(\d)\.0\.", r"patch_split\1.proj.0."),
+    (r"^to_image\.", "patch_unembed.proj.0."),
+    (r"^join(\d)\.", r"conv\1."),
+    (r"^decode(\d)\.", r"conv_d\1."),
+    (r"^msaam\.attention\.", "ca."),
+    (r"^msaam\.fuse(\d)\.", r"fuse_conv\1.0."),
+    (r"^msaam\.unused_full_size\.", "fuse_conv1.0."),
+    (r"^(legm\d\.blocks\.\d+)\.norm\.rescale\.", r"\1.norm1.meta1."),
+    (r"^(legm\d\.blocks\.\d+)\.norm\.rebias\.", r"\1.norm1.meta2."),
+    (r"^(legm\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
+    (r"^(legm\d\.blocks\.\d+)\.mlp\.", r"\1.mlp.mlp."),
+    (r"^(legm\d\.blocks\.\d+)\.mix\.position_bias\.", r"\1.attn.attn."),
+    (r"^(legm\d\.blocks\.\d+)\.mix\.value\.", r"\1.attn.V."),
+    (r"^(legm\d\.blocks\.\d+)\.mix\.query_key\.", r"\1.attn.QK."),
+    (r"^(legm\d\.blocks\.\d+)\.mix\.local\.", r"\1.attn.conv."),
+    (r"^(legm\d\.blocks\.\d+)\.mix\.proj\.", r"\1.attn.proj."),
+)
