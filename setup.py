@@ -166,7 +166,11 @@ setup(
     ],
     # the bare name triton_kernels belongs to another project on PyPI
     package_dir={"mitnet_fast.triton_kernels": "triton_kernels"},
-    package_data={"mitnet_fast": ["py.typed"]},
+    package_data={
+        "mitnet_fast": ["py.typed"],
+        "mitnet_fast.ops": ["*.json"],
+        "mitnet_fast.triton_kernels": ["tuned/*.json"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildWithCuda},
 )

@@ -1,21 +1,24 @@
 """The operators that the networks spend their time in, one public function each.
 
-Every function takes ``backend``: None chooses the best that can run, a name forces one or raises
-with the reasons why it cannot run.
+The four kernel functions take ``backend``: None chooses the best that can run, a name
+("reference", "cpp", "triton") forces one or raises with every reason why it cannot run. A context,
+:func:`use_backend`, or the variable ``MITNET_FAST_BACKEND`` forces one for all calls.
 """
 
 from ._amplitude_phase import amplitude_and_phase, amplitude_phase_conv, half_spectrum, recombine
-from ._backends import BACKENDS
+from ._backends import BACKENDS, BackendError, use_backend
 from ._dynamic_filter import dynamic_filter, predicted_dynamic_filter
 from ._window_attention import window_attention
 
 __all__ = [
     "BACKENDS",
+    "BackendError",
     "amplitude_and_phase",
     "amplitude_phase_conv",
     "dynamic_filter",
     "half_spectrum",
     "predicted_dynamic_filter",
     "recombine",
+    "use_backend",
     "window_attention",
 ]

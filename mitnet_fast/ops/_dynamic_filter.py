@@ -1,4 +1,9 @@
-"""Public dynamic filter operators: arguments checked, autocast applied, backend chosen."""
+"""Public dynamic filter operators: arguments checked, autocast applied, backend chosen.
+
+The compiled backends run behind ``mitnet_fast::dynamic_filter`` and
+``mitnet_fast::predicted_dynamic_filter`` and their backward operators; the reference is plain
+PyTorch and needs none.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ from math import isqrt
 import torch
 
 from .. import reference
-from ._backends import check_backend
+from .._extension import EXTENSION
+from ._backends import Kernels, check_backend, choose, convolution_tf32, triton_kernels
 from ._checks import (
     cast_like_convolution,
     check_image_size,
@@ -16,8 +22,19 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
+from ._registration import define, differentiate, empty_for, or_empty
 
 KERNEL_SIZES = (1, 3, 5, 7)
+HALF = frozenset({torch.float32, torch.bfloat16, torch.float16})
+KERNELS = Kernels(
+    "dynamic_filter",
+    {
+        ("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        ("cpp", "cuda"): HALF,
+        ("triton", "cuda"): HALF,
+        ("triton", "cpu"): HALF,
+    },
+)
 
 
 def dynamic_filter(
@@ -53,7 +70,10 @@ def dynamic_filter(
     check_one_device(x=x, filters=filters)
     x, filters = cast_like_convolution(x, filters)
     check_one_dtype(x=x, filters=filters)
-    return reference.dynamic_filter(x, filters, residual=residual)
+    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    if chosen == "reference":
+        return reference.dynamic_filter(x, filters, residual=residual)
+    return torch.ops.mitnet_fast.dynamic_filter(x, filters, residual, chosen)
 
 
 def predicted_dynamic_filter(
@@ -104,7 +124,10 @@ def predicted_dynamic_filter(
     check_one_device(x=x, features=features, weight=weight, bias=bias)
     x, features, weight, bias = cast_like_convolution(x, features, weight, bias)
     check_one_dtype(x=x, features=features, weight=weight, bias=bias)
-    return reference.predicted_dynamic_filter(x, features, weight, bias, residual=residual)
+    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    if chosen == "reference":
+        return reference.predicted_dynamic_filter(x, features, weight, bias, residual=residual)
+    return torch.ops.mitnet_fast.predicted_dynamic_filter(x, features, weight, bias, residual, chosen)
 
 
 def kernel_taps(name: str, filter_channels: int, channels: int) -> int:
@@ -117,3 +140,87 @@ def kernel_taps(name: str, filter_channels: int, channels: int) -> int:
             f"got {filter_channels}"
         )
     return taps
+
+
+def _launchers(backend: str):
+    return EXTENSION if backend == "cpp" else triton_kernels("dynamic_filter")
+
+
+def _forward(x, filters, residual, backend):
+    return _launchers(backend).dynamic_filter_forward(x, filters, residual)
+
+
+def _backward(grad, x, filters, residual, needs, backend):
+    grads = _launchers(backend).dynamic_filter_backward(grad, x, filters, residual, *needs)
+    return tuple(or_empty(gradient, x) for gradient in grads)
+
+
+def _setup(context, inputs, output):
+    x, filters, context.residual, context.backend = inputs
+    context.save_for_backward(x, filters)
+
+
+def _gradients(context, grad):
+    needs = context.needs_input_grad[:2]
+    grads = torch.ops.mitnet_fast.dynamic_filter_backward(
+        grad, *context.saved_tensors, context.residual, needs, context.backend
+    )
+    return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None, None
+
+
+define(
+    "dynamic_filter(Tensor x, Tensor filters, bool residual, str backend) -> Tensor",
+    _forward,
+    lambda x, filters, residual, backend: empty_for(x),
+)
+define(
+    "dynamic_filter_backward(Tensor grad, Tensor x, Tensor filters, bool residual, bool[] needs, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    lambda grad, x, filters, residual, needs, backend: (empty_for(x, needs[0]), empty_for(filters, needs[1])),
+)
+differentiate("dynamic_filter", _setup, _gradients)
+
+
+def _predicted_forward(x, features, weight, bias, residual, backend):
+    launch = _launchers(backend).predicted_dynamic_filter_forward
+    return launch(x, features, weight, bias, residual, convolution_tf32(x))
+
+
+def _predicted_backward(grad, x, features, weight, bias, residual, needs, backend):
+    launch = _launchers(backend).predicted_dynamic_filter_backward
+    grads = launch(grad, x, features, weight, bias, residual, convolution_tf32(x), *needs)
+    return tuple(or_empty(gradient, x) for gradient in grads)
+
+
+def _predicted_setup(context, inputs, output):
+    x, features, weight, bias, context.residual, context.backend = inputs
+    context.save_for_backward(x, features, weight, bias)
+
+
+def _predicted_gradients(context, grad):
+    needs = context.needs_input_grad[:4]
+    grads = torch.ops.mitnet_fast.predicted_dynamic_filter_backward(
+        grad, *context.saved_tensors, context.residual, needs, context.backend
+    )
+    return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None, None
+
+
+def _predicted_backward_fake(grad, x, features, weight, bias, residual, needs, backend):
+    maps = (x, features, weight, x if bias is None else bias)
+    return tuple(empty_for(tensor, needed) for tensor, needed in zip(maps, needs, strict=True))
+
+
+define(
+    "predicted_dynamic_filter(Tensor x, Tensor features, Tensor weight, Tensor? bias, bool residual, str backend)"
+    " -> Tensor",
+    _predicted_forward,
+    lambda x, features, weight, bias, residual, backend: empty_for(x),
+)
+define(
+    "predicted_dynamic_filter_backward(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias,"
+    " bool residual, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _predicted_backward,
+    _predicted_backward_fake,
+)
+differentiate("predicted_dynamic_filter", _predicted_setup, _predicted_gradients)

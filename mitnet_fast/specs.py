@@ -1,0 +1,356 @@
+"""One specification per operator: its inputs, its truth, and how far from it a kernel may be.
+
+Tests, ``mitnet-fast verify`` and the benchmarks draw every input and every tolerance from here.
+
+The truth is the reference in float64 on the same inputs (for half precision: on the same rounded
+inputs). For every tensor, outputs and gradients alike, the error is the relative L2 distance to it:
+
+    error ≤ max(4 × error of the reference in the kernel's dtype,
+                8 · eps · ‖operation on absolute values‖ / ‖truth‖)
+
+- The first term holds a kernel to what plain PyTorch reaches in the same dtype. A factor is needed
+  because a single correct kernel, by cancellation, exceeds twice eager's error in about one case of
+  a few hundred; the median over a sweep of random cases must stay within 1.5 of eager's.
+- The second is what rounding alone may do, where eager happens to be lucky: each of the summed terms
+  is rounded to ``eps`` of the dtype, whatever their order.
+- float64: 1e-12.
+
+Both terms come from the inputs, so the rule tightens with easy inputs and relaxes with hard ones,
+where a fixed tolerance would be wrong in both directions. A result that is not finite never passes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+
+from . import ops
+
+LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
+FLOAT64_LIMIT = 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator: everything that its inputs are made from.
+
+    Attributes:
+        sizes: the operator's sizes by name, such as batch, channels, height, width.
+        options: keyword arguments of the operator that are no tensors.
+        dtype: of all tensors.
+        layout: of the maps, one of ``LAYOUTS``.
+        seed: of the generator that fills them.
+    """
+
+    sizes: Mapping[str, int]
+    options: Mapping[str, object]
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{name}={value}" for name, value in (*self.sizes.items(), *self.options.items())]
+        return " ".join([*parts, str(self.dtype).removeprefix("torch."), self.layout, f"seed={self.seed}"])
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What tests, verification and benchmarks know about an operator.
+
+    Attributes:
+        name: the public function in ``mitnet_fast.ops``.
+        family: its kernel family.
+        shapes: case to shapes of the tensor arguments, in their order; None for an absent one.
+        maps: names of the arguments that are maps, and so get the case's layout.
+        cases: the fixed cases, from tiny to large, in float32 and contiguous.
+        random_sizes: draws sizes and options for the seeded sweep.
+        benchmark_cases: what users run, for speed and memory.
+        bytes_at_least: case to the bytes that forward and backward must move.
+        flops: case to the floating-point operations of forward and backward.
+    """
+
+    name: str
+    family: str
+    shapes: Callable[[Case], dict[str, tuple[int, ...] | None]]
+    maps: frozenset[str]
+    cases: Sequence[Case]
+    random_sizes: Callable[[Random], tuple[dict[str, int], dict[str, object]]]
+    benchmark_cases: Sequence[Case]
+    bytes_at_least: Callable[[Case], tuple[int, int]]
+    flops: Callable[[Case], tuple[int, int]]
+
+    def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
+        """The tensor arguments of ``case``: the same values on every device, standard normal."""
+        tensors = {}
+        for name, shape in self.shapes(case).items():
+            if shape is None:
+                tensors[name] = None
+                continue
+            generator = torch.Generator().manual_seed(case.seed * 1_000_003 + zlib.crc32(name.encode()))
+            layout = case.layout if name in self.maps else "contiguous"
+            tensors[name] = _laid_out(shape, layout, generator, case.dtype).to(device)
+        return tensors
+
+    def gradient(self, case: Case, like: torch.Tensor) -> torch.Tensor:
+        """An incoming gradient for a result ``like``, in the case's layout."""
+        generator = torch.Generator().manual_seed(case.seed * 1_000_003 + 17)
+        return _laid_out(tuple(like.shape), case.layout, generator, like.dtype).to(like.device)
+
+    def run(self, case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> torch.Tensor:
+        """Call the public function."""
+        return getattr(ops, self.name)(**tensors, **case.options, backend=backend)
+
+    def random_case(self, seed: int, dtypes: Sequence[torch.dtype]) -> Case:
+        """Case number ``seed`` of the sweep."""
+        random = Random(f"{self.name} {seed}")
+        sizes, options = self.random_sizes(random)
+        return Case(sizes, options, random.choice(list(dtypes)), random.choice(LAYOUTS), seed)
+
+    def dtypes_and_layouts(self, case: Case, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+        """``case`` in every dtype and every layout."""
+        for dtype in dtypes:
+            for layout in LAYOUTS:
+                yield replace(case, dtype=dtype, layout=layout)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of one call against the truth."""
+
+    tensor: str
+    error: float
+    eager_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is finite and within what is allowed."""
+        return self.error <= self.allowed  # false for NaN
+
+    @property
+    def ratio(self) -> float:
+        """Error relative to that of the reference in the same dtype; 1 where both are exact."""
+        if self.eager_error == 0:
+            return 1.0 if self.error == 0 else float("inf")
+        return self.error / self.eager_error
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative L2 distance in float64; infinite for another shape or anything that is not finite."""
+    if actual.shape != truth.shape or not torch.isfinite(actual).all():
+        return float("inf")
+    truth = truth.double()
+    distance = float((actual.to(truth.device).double() - truth).norm())
+    return distance if distance == 0 else distance / max(float(truth.norm()), 1e-300)
+
+
+def allowed_error(dtype: torch.dtype, eager_error: float, truth: torch.Tensor, absolute: torch.Tensor) -> float:
+    """The tolerance rule of this module for one tensor."""
+    if dtype == torch.float64:
+        return FLOAT64_LIMIT
+    norm = float(truth.double().norm())
+    rounding = 8 * torch.finfo(dtype).eps * float(absolute.double().norm()) / norm if norm else 0.0
+    return max(4 * eager_error, rounding)
+
+
+def outputs_and_gradients(
+    spec: OpSpec,
+    case: Case,
+    tensors: Mapping[str, torch.Tensor | None],
+    gradient: torch.Tensor,
+    backend: str | None,
+    needs: Mapping[str, bool] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Result ``y`` and the gradients ``grad_<argument>`` of one call, for the arguments that ``needs`` names."""
+    needs = needs or {}
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(needs.get(name, True))
+        for name, tensor in tensors.items()
+    }
+    y = spec.run(case, leaves, backend)
+    results = {"y": y.detach()}
+    if y.requires_grad:
+        y.backward(gradient)
+    for name, leaf in leaves.items():
+        if leaf is not None and leaf.requires_grad:
+            results[f"grad_{name}"] = leaf.grad
+        elif leaf is not None and leaf.grad is not None:
+            raise AssertionError(f"{spec.name}: {name} got a gradient that nobody asked for")
+    return results
+
+
+def compare(
+    spec: OpSpec,
+    case: Case,
+    backend: str | None,
+    device: torch.device | str = "cpu",
+    needs: Mapping[str, bool] | None = None,
+) -> list[Comparison]:
+    """Run one case on a backend and compare its result and gradients with the truth, tensor by tensor."""
+    tensors = spec.inputs(case, device)
+    y_like = torch.empty(spec_output_shape(spec, case), dtype=case.dtype, device=device)
+    gradient = spec.gradient(case, y_like)
+
+    def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
+        host = {name: None if t is None else change(t.detach().cpu()) for name, t in tensors.items()}
+        return host, change(gradient.cpu())
+
+    truth = outputs_and_gradients(spec, case, *changed(lambda t: t.double()), "reference", needs)
+    absolute = outputs_and_gradients(spec, case, *changed(lambda t: t.double().abs()), "reference", needs)
+    eager = outputs_and_gradients(spec, case, *changed(lambda t: t), "reference", needs)
+    actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
+    return [
+        Comparison(
+            name,
+            relative_error(actual[name].cpu(), truth[name]) if truth[name].numel() else float(actual[name].numel()),
+            eager_error := relative_error(eager[name], truth[name]) if truth[name].numel() else 0.0,
+            allowed_error(case.dtype, eager_error, truth[name], absolute[name]),
+        )
+        for name in truth
+    ]
+
+
+def spec_output_shape(spec: OpSpec, case: Case) -> tuple[int, ...]:
+    """Shape of the result of ``case``."""
+    shapes = spec.shapes(case)
+    return shapes["x"] if "x" in shapes else shapes["v"]
+
+
+def _laid_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """Standard normal values of ``shape``, rounded to ``dtype``, in one of ``LAYOUTS``."""
+    if layout == "expanded" and len(shape) == 4 and shape[0] > 0:
+        one = torch.randn(1, *shape[1:], generator=generator, dtype=torch.float64).to(dtype)
+        return one.expand(shape)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if len(shape) != 4:
+        return values
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":  # every second column of a wider map, whose other columns are NaN
+        wide = torch.full((*shape[:3], 2 * shape[3]), float("nan"), dtype=dtype)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    return values
+
+
+def _filter_sizes(random: Random) -> dict[str, int]:
+    return {
+        "batch": random.choice((0, 1, 1, 2, 3)),
+        "channels": random.choice((1, 3, 7, 8, 20, 40, 80)),
+        "height": random.choice((1, 2, 3, 5, 8, 13, 16, 17)),
+        "width": random.choice((1, 2, 3, 7, 8, 15, 16, 31, 33)),
+        "kernel_size": random.choice((1, 3, 3, 3, 5, 7)),
+    }
+
+
+def _random_dynamic_filter(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    return _filter_sizes(random), {"residual": random.random() < 0.5}
+
+
+def _random_predicted(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes = _filter_sizes(random)
+    sizes["features"] = random.choice((1, 3, 7, 20, sizes["channels"], sizes["channels"]))
+    sizes["bias"] = random.choice((0, 1, 2))
+    return sizes, {"residual": random.random() < 0.5}
+
+
+def _dynamic_filter_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w, k = (case.sizes[name] for name in ("batch", "channels", "height", "width", "kernel_size"))
+    return {"x": (b, c, h, w), "filters": (b, c * k * k, h, w)}
+
+
+def _predicted_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w, k = (case.sizes[name] for name in ("batch", "channels", "height", "width", "kernel_size"))
+    features = case.sizes["features"]
+    return {
+        "x": (b, c, h, w),
+        "features": (b, features, h, w),
+        "weight": (c * k * k, features),
+        "bias": (None, (c * k * k,), (b, c * k * k))[case.sizes["bias"]],
+    }
+
+
+def _pixels(case: Case) -> int:
+    return case.sizes["batch"] * case.sizes["height"] * case.sizes["width"]
+
+
+def _dynamic_filter_bytes(case: Case) -> tuple[int, int]:
+    c, taps = case.sizes["channels"], case.sizes["kernel_size"] ** 2
+    element = case.dtype.itemsize * _pixels(case) * c
+    return element * (2 + taps), element * (3 + 2 * taps)
+
+
+def _dynamic_filter_flops(case: Case) -> tuple[int, int]:
+    products = _pixels(case) * case.sizes["channels"] * case.sizes["kernel_size"] ** 2
+    return 2 * products, 3 * products
+
+
+def _predicted_bytes(case: Case) -> tuple[int, int]:
+    element = case.dtype.itemsize * _pixels(case)
+    c, features = case.sizes["channels"], case.sizes["features"]
+    return element * (2 * c + features), element * (3 * c + 2 * features)
+
+
+def _predicted_flops(case: Case) -> tuple[int, int]:
+    products = _pixels(case) * case.sizes["channels"] * case.sizes["kernel_size"] ** 2
+    matrix = 2 * products * case.sizes["features"]
+    # backward: the filters again, the gradient of the features, the gradient of the weight
+    return matrix + 2 * products, 3 * matrix + 3 * products
+
+
+def _case(batch: int, channels: int, height: int, width: int, kernel_size: int = 3, residual=False, **more) -> Case:
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "kernel_size": kernel_size}
+    return Case(sizes | more, {"residual": residual})
+
+
+DYNAMIC_FILTER = OpSpec(
+    name="dynamic_filter",
+    family="dynamic_filter",
+    shapes=_dynamic_filter_shapes,
+    maps=frozenset({"x", "filters"}),
+    cases=(
+        _case(1, 1, 1, 1),
+        _case(1, 1, 1, 1, 7),
+        _case(2, 3, 5, 7, 1),
+        _case(2, 7, 6, 9, 3, residual=True),
+        _case(1, 20, 17, 33, 3),
+        _case(2, 3, 9, 11, 5, residual=True),
+        _case(1, 2, 12, 13, 7),
+        _case(0, 3, 4, 4),
+        _case(2, 40, 24, 20, 3, residual=True),
+    ),
+    random_sizes=_random_dynamic_filter,
+    benchmark_cases=tuple(_case(2, c, s, s) for c, s in ((20, 256), (40, 128), (80, 64))),
+    bytes_at_least=_dynamic_filter_bytes,
+    flops=_dynamic_filter_flops,
+)
+
+PREDICTED_DYNAMIC_FILTER = OpSpec(
+    name="predicted_dynamic_filter",
+    family="dynamic_filter",
+    shapes=_predicted_shapes,
+    maps=frozenset({"x", "features"}),
+    cases=(
+        _case(1, 1, 1, 1, features=1, bias=0),
+        _case(1, 2, 3, 4, 7, features=3, bias=1),
+        _case(2, 3, 5, 7, 1, features=4, bias=2),
+        _case(2, 7, 6, 9, 3, residual=True, features=7, bias=1),
+        _case(2, 20, 17, 33, 3, residual=True, features=20, bias=2),
+        _case(2, 3, 9, 11, 5, features=5, bias=1),
+        _case(0, 3, 4, 4, features=3, bias=2),
+        _case(1, 40, 24, 20, 3, residual=True, features=40, bias=2),
+        _case(1, 80, 16, 16, 3, residual=True, features=80, bias=1),
+    ),
+    random_sizes=_random_predicted,
+    benchmark_cases=tuple(
+        _case(2, c, s, s, residual=True, features=c, bias=2) for c, s in ((20, 256), (40, 128), (80, 64))
+    ),
+    bytes_at_least=_predicted_bytes,
+    flops=_predicted_flops,
+)
+
+SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER)

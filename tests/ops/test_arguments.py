@@ -1,0 +1,139 @@
+"""Wrong arguments of the public operators: the message names the argument, what came and what is allowed."""
+
+import pytest
+import torch
+
+from mitnet_fast import ops
+
+
+def filter_arguments(**changes):
+    return {"x": torch.zeros(2, 3, 4, 5), "filters": torch.zeros(2, 27, 4, 5)} | changes
+
+
+def predicted_arguments(**changes):
+    arguments = {"x": torch.zeros(2, 3, 4, 5), "features": torch.zeros(2, 6, 4, 5), "weight": torch.zeros(27, 6)}
+    return arguments | {"bias": torch.zeros(27)} | changes
+
+
+def spectral_arguments(**changes):
+    shapes = {"x": (2, 3, 4, 5), "weight1": (6, 3), "bias1": (6,), "weight2": (3, 6), "bias2": (3,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+
+
+def attention_arguments(**changes):
+    arguments = {"qk": torch.zeros(2, 8, 9, 9), "v": torch.zeros(2, 4, 9, 9), "bias_table": torch.zeros(225, 2)}
+    return arguments | {"num_heads": 2} | changes
+
+
+WRONG = [
+    (ops.dynamic_filter, filter_arguments(x=1.0), TypeError, r"x: expected a tensor \[B, C, H, W\], got float"),
+    (ops.dynamic_filter, filter_arguments(x=torch.zeros(3, 4, 5)), ValueError, r"x: expected shape .*got \[3, 4, 5\]"),
+    (ops.dynamic_filter, filter_arguments(x=torch.zeros(2, 3, 4, 5).long()), TypeError, "x: dtype int64 .*float32"),
+    (ops.dynamic_filter, filter_arguments(x=torch.zeros(2, 3, 0, 5)), ValueError, "x: needs at least one"),
+    (ops.dynamic_filter, filter_arguments(filters=torch.zeros(2, 28, 4, 5)), ValueError, "filters: .*27, 75, 147.*28"),
+    (ops.dynamic_filter, filter_arguments(filters=torch.zeros(2, 12, 4, 5)), ValueError, "filters: .*K = 1, 3, 5, 7"),
+    (ops.dynamic_filter, filter_arguments(filters=torch.zeros(1, 27, 4, 5)), ValueError, r"filters: .*\[2, 27, 4, 5\]"),
+    (ops.dynamic_filter, filter_arguments(filters=torch.zeros(2, 27, 4, 5).half()), TypeError, "x float32.*float16"),
+    (ops.dynamic_filter, filter_arguments(filters=torch.zeros(2, 27, 4, 5).to("meta")), ValueError, "filters on meta"),
+    (ops.dynamic_filter, filter_arguments(backend="cuda"), ValueError, "backend: got 'cuda', allowed are None"),
+    (ops.predicted_dynamic_filter, predicted_arguments(features=torch.zeros(2, 6, 4, 4)), ValueError, "features: .*4, 4"),
+    (ops.predicted_dynamic_filter, predicted_arguments(weight=torch.zeros(27, 5)), ValueError, r"weight: .*27, 6"),
+    (ops.predicted_dynamic_filter, predicted_arguments(weight=torch.zeros(26, 6)), ValueError, "weight: .*got 26"),
+    (ops.predicted_dynamic_filter, predicted_arguments(bias=torch.zeros(3, 27)), ValueError, r"bias: .*\[2, 27\]"),
+    (ops.predicted_dynamic_filter, predicted_arguments(bias=torch.zeros(1, 1, 27)), ValueError, r"bias: .*\[C·K²\] or"),
+    (ops.amplitude_phase_conv, spectral_arguments(mode="both"), ValueError, "mode: got 'both', allowed"),
+    (ops.amplitude_phase_conv, spectral_arguments(weight1=torch.zeros(6, 4)), ValueError, r"weight1: .*\[6, 3\]"),
+    (ops.amplitude_phase_conv, spectral_arguments(weight2=torch.zeros(4, 6)), ValueError, r"weight2: .*\[3, 6\]"),
+    (ops.amplitude_phase_conv, spectral_arguments(bias2=torch.zeros(6)), ValueError, r"bias2: .*\[3\]"),
+    (ops.amplitude_phase_conv, spectral_arguments(output_weight=torch.zeros(7, 2)), ValueError, "output_weight: "),
+    (ops.amplitude_phase_conv, spectral_arguments(bias1=torch.zeros(6).double()), TypeError, "bias1 float64"),
+    (ops.half_spectrum, {"x": torch.zeros(3)}, ValueError, r"x: expected shape \[\.\.\., H, W\]"),
+    (ops.half_spectrum, {"x": torch.zeros(3, 3).int()}, TypeError, "x: expected a floating-point tensor"),
+    (ops.amplitude_and_phase, {"x": torch.zeros(3, 0)}, ValueError, "at least one pixel"),
+    (ops.recombine, {"amplitude_of": torch.zeros(3, 3), "phase_of": torch.zeros(3, 4)}, ValueError, "phase_of: .*3, 3"),
+    (ops.window_attention, attention_arguments(qk=torch.zeros(2, 4, 9, 9)), ValueError, r"qk: .*\[2, 8, 9, 9\]"),
+    (ops.window_attention, attention_arguments(num_heads=3), ValueError, "num_heads: must divide the 4 channels"),
+    (ops.window_attention, attention_arguments(window_size=0), ValueError, "window_size: must be at least 1"),
+    (ops.window_attention, attention_arguments(shift=8), ValueError, "shift: .*below window_size = 8, got 8"),
+    (ops.window_attention, attention_arguments(shift=-1), ValueError, "shift: "),
+    (ops.window_attention, attention_arguments(window_size=4), ValueError, r"bias_table: .*\[49, 2\]"),
+    (
+        ops.window_attention,
+        attention_arguments(qk=torch.zeros(2, 8, 4, 9), v=torch.zeros(2, 4, 4, 9)),
+        ValueError,
+        "height 4 is too small .*at least 5",
+    ),
+    (
+        ops.window_attention,
+        attention_arguments(qk=torch.zeros(2, 8, 9, 6), v=torch.zeros(2, 4, 9, 6), shift=4),
+        ValueError,
+        "width 6 is too small .*at least 7",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operator", "arguments", "error", "message"), WRONG)
+def test_wrong_arguments_are_named(operator, arguments, error, message):
+    with pytest.raises(error, match=message):
+        operator(**arguments)
+
+
+RIGHT = [
+    (ops.dynamic_filter, filter_arguments),
+    (ops.predicted_dynamic_filter, predicted_arguments),
+    (ops.amplitude_phase_conv, spectral_arguments),
+    (ops.window_attention, attention_arguments),
+]
+
+
+def filled(arguments, dtype=torch.float32, batch=None):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(
+            value.shape if batch is None or value.dim() != 4 else (batch, *value.shape[1:]), generator=generator
+        ).to(dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+@pytest.mark.parametrize(("operator", "arguments"), RIGHT)
+def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(operator, arguments):
+    tensors = filled(arguments(), batch=0)
+    for value in tensors.values():
+        if isinstance(value, torch.Tensor):
+            value.requires_grad_()
+    y = operator(**tensors)
+    map_name = "v" if "v" in tensors else "x"
+    assert y.shape == tensors[map_name].shape
+    y.sum().backward()
+    for value in tensors.values():
+        if isinstance(value, torch.Tensor):
+            assert value.grad.shape == value.shape
+            assert not value.grad.any()
+
+
+@pytest.mark.parametrize(("operator", "arguments"), RIGHT)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_and_keeps_its_dtype(operator, arguments, half):
+    tensors = filled(arguments(), half)
+    y = operator(**tensors)
+    assert y.dtype == half
+    exact = operator(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()})
+    # four roundings of the result: the inputs are the same
+    assert (y.double() - exact).norm() <= 4 * torch.finfo(half).eps * exact.norm()
+
+
+@pytest.mark.parametrize(("operator", "arguments"), RIGHT)
+def test_autocast_decides_the_dtype(operator, arguments):
+    tensors = filled(arguments())
+    exact = operator(**tensors)
+    mixed = {k: v.bfloat16() if k in ("features", "filters", "v") else v for k, v in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = operator(**mixed)
+    assert y.dtype == (torch.float32 if operator is ops.amplitude_phase_conv else torch.bfloat16)
+    assert (y.float() - exact).norm() <= 8 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        double = operator(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()})
+    assert double.dtype == torch.float64
