@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._backends import check_backend
+from ._backends import Kernels, check_backend, choose
 from ._checks import (
     autocast_dtype,
     check_image_size,
@@ -17,6 +17,7 @@ from ._checks import (
 )
 
 MODES = ("amplitude", "phase")
+KERNELS = Kernels("amplitude_phase")
 
 
 def amplitude_phase_conv(
@@ -56,6 +57,7 @@ def amplitude_phase_conv(
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
         ValueError: shapes, devices or the mode do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
 
     Source: MITNet (arXiv 2308.06998), residual amplitude / phase block.
     """
@@ -89,6 +91,7 @@ def amplitude_phase_conv(
     check_one_device(**tensors)
     if autocast_dtype(x) is None:
         check_one_dtype(**tensors)
+    choose(KERNELS, backend, x.device.type, x.dtype)
     with without_autocast(x):
         wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
         y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])

@@ -57,6 +57,7 @@ def dynamic_filter(
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
 
     Source: MITNet (arXiv 2308.06998), adaptive dynamic filter block.
     """
@@ -104,6 +105,7 @@ def predicted_dynamic_filter(
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
         ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
 
     Source: MITNet (arXiv 2308.06998), adaptive dynamic filter block.
     """

@@ -6,7 +6,7 @@ import torch
 
 from .. import reference
 from ..reference.window_attention import padding
-from ._backends import check_backend
+from ._backends import Kernels, check_backend, choose
 from ._checks import (
     cast_like_convolution,
     check_image_size,
@@ -15,6 +15,8 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
+
+KERNELS = Kernels("window_attention")
 
 
 def window_attention(
@@ -50,6 +52,7 @@ def window_attention(
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
         ValueError: shapes, devices, heads, window or shift do not fit, the map is too small to be
             padded by reflection, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
 
     Source: DCMPNet (arXiv 2403.01105), local feature-embedded global extraction.
     """
@@ -77,4 +80,5 @@ def window_attention(
     check_one_device(qk=qk, v=v, bias_table=bias_table)
     qk, v, bias_table = cast_like_convolution(qk, v, bias_table)
     check_one_dtype(qk=qk, v=v, bias_table=bias_table)
+    choose(KERNELS, backend, qk.device.type, qk.dtype)
     return reference.window_attention(qk, v, bias_table, num_heads=num_heads, window_size=window_size, shift=shift)

@@ -44,8 +44,8 @@ def test_a_backend_asked_for_runs_or_raises_with_every_reason(kernels, monkeypat
 
 def test_a_family_without_kernels_says_so():
     x = torch.randn(1, 2, 4, 4)
+    weights = torch.zeros(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.zeros(2)
     with pytest.raises(ops.BackendError, match="no kernels of the amplitude_phase family"):
-        weights = torch.zeros(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.zeros(2)
         ops.amplitude_phase_conv(x, *weights, backend="triton")
 
 
