@@ -1,0 +1,136 @@
+"""Triple interaction of MITNet: features of all levels exchanged, phase and amplitude apart.
+
+Per domain, with f_i = conv3×3(input_i) on level i (2^i·C channels, 1/2^i of the size), for
+i = 0, 1, … in this order:
+
+    f_i ← conv1×1([f_i, resize(f_j → level i) for j ≠ i in rising order])
+
+in place: level 1 sees the fused level 0, level 2 the fused 0 and 1. One level down is a 2×2 average
+and a 1×1 convolution that doubles the channels, one level up a 1×1 convolution that halves them and
+a bilinear resize with aligned corners. Maps are [B, 2^i·C, H/2^i, W/2^i].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._checks import check_counts, check_map
+
+
+class OneLevelDown(nn.Module):
+    """Average over 2×2 pixels, then double the channels (``channels`` counts them before)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.doubling = nn.Conv2d(channels, 2 * channels, 1)
+
+    def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """[B, C, H, W] → [B, 2C, ⌈H/2⌉, ⌈W/2⌉], which ``size`` is."""
+        return self.doubling(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False))
+
+
+class OneLevelUp(nn.Module):
+    """Halve the channels, then resize to twice the size (``channels`` counts them before)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.halving = nn.Conv2d(channels, channels // 2, 1)
+
+    def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """[B, C, H, W] → [B, C/2, *size], the size of the level above."""
+        return F.interpolate(self.halving(x), size=size, mode="bilinear", align_corners=True)
+
+
+class LevelInteraction(nn.Module):
+    """Fuse every level of one feature pyramid with all others.
+
+    Args:
+        width: channels of level 0; level i has 2^i·width.
+        levels: number of levels.
+    """
+
+    def __init__(self, width: int, levels: int = 3) -> None:
+        super().__init__()
+        check_counts(width=width, levels=levels)
+        self.width = width
+        self.levels = levels
+        channels = [width * 2**level for level in range(levels)]
+        self.entry = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels)
+        self.resize = nn.ModuleDict(
+            {
+                f"{source}_to_{target}": nn.ModuleList(
+                    [OneLevelDown(channels[level]) for level in range(source, target)]
+                    + [OneLevelUp(channels[level]) for level in range(source, target, -1)]
+                )
+                for source in range(levels)
+                for target in range(levels)
+                if source != target
+            }
+        )
+        self.fusion = nn.ModuleList(nn.Conv2d(levels * c, c, 1) for c in channels)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Fuse ``features``, one map per level, into as many of the same shapes."""
+        fused = [entry(feature) for entry, feature in zip(self.entry, features, strict=True)]
+        for target in range(self.levels):
+            others = [self._resized(fused, source, target) for source in range(self.levels) if source != target]
+            fused[target] = self.fusion[target](torch.cat([fused[target], *others], 1))
+        return fused
+
+    def _resized(self, features: list[torch.Tensor], source: int, target: int) -> torch.Tensor:
+        x = features[source]
+        step = 1 if target > source else -1
+        for offset, resize in enumerate(self.resize[f"{source}_to_{target}"], 1):
+            x = resize(x, features[source + step * offset].shape[2:])
+        return x
+
+
+class TripleInteraction(nn.Module):
+    """Exchange features between all levels, in the phase and in the amplitude domain.
+
+    Args:
+        width: channels of level 0; level i has 2^i·width.
+        levels: number of levels.
+
+    Raises:
+        ValueError: a count below 1.
+
+    Source: MITNet (arXiv 2308.06998), triple interaction module.
+    """
+
+    def __init__(self, width: int, levels: int = 3) -> None:
+        super().__init__()
+        self.phase = LevelInteraction(width, levels)
+        self.amplitude = LevelInteraction(width, levels)
+
+    def forward(
+        self, phase: Sequence[torch.Tensor], amplitude: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Fuse both pyramids.
+
+        Args:
+            phase: one map per level, [B, 2^i·width, H_i, W_i]; each level has half the size of the
+                one before it, rounded up.
+            amplitude: the same shapes.
+
+        Returns:
+            The fused phase and the fused amplitude features, shapes as they came.
+
+        Raises:
+            ValueError: the number of levels or a shape does not fit.
+        """
+        self._check(phase=phase, amplitude=amplitude)
+        return self.phase(phase), self.amplitude(amplitude)
+
+    def _check(self, **pyramids: Sequence[torch.Tensor]) -> None:
+        for name, pyramid in pyramids.items():
+            if len(pyramid) != self.phase.levels:
+                raise ValueError(f"{name}: expected {self.phase.levels} levels, got {len(pyramid)}")
+            size = None
+            for level, feature in enumerate(pyramid):
+                check_map(f"{name}[{level}]", feature, self.phase.width * 2**level, size)
+                size = torch.Size(-(-side // 2) for side in feature.shape[2:])
