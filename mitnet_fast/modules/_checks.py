@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..ops._checks import check_shape, check_tensor
 
 
-def check_map(name: str, value: torch.Tensor, channels: int, size: torch.Size | None = None) -> None:
-    """Raise unless ``value`` is a floating-point map [B, channels, H, W], of ``size`` [H, W] if given."""
+def check_map(
+    name: str, value: torch.Tensor, channels: int, size: Sequence[int] | None = None, batch: int | None = None
+) -> None:
+    """Raise unless ``value`` is a floating-point map [batch, channels, *size]; None allows any."""
     check_tensor(name, value, "[B, C, H, W]")
-    expected = (value.shape[0], channels, *(value.shape[2:] if size is None else size))
+    height_and_width = value.shape[2:] if size is None else size
+    expected = (value.shape[0] if batch is None else batch, channels, *height_and_width)
     check_shape(name, value, expected, "[B, C, H, W]")
 
 

@@ -135,4 +135,4 @@ class AmplitudePhaseBlock(nn.Module):
                 rule = "required with" if value is None else "taken only with"
                 raise ValueError(f"{name}: {rule} cross_stage=True")
             if value is not None:
-                check_map(name, value, self.out_channels, x.shape[2:])
+                check_map(name, value, self.out_channels, x.shape[2:], x.shape[0])

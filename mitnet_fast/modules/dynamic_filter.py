@@ -58,8 +58,8 @@ class DynamicFilterBlock(nn.Module):
             ValueError: shapes do not fit.
         """
         check_map("x", x, self.channels)
-        check_map("phase", phase, self.channels, x.shape[2:])
-        check_map("amplitude", amplitude, self.channels, x.shape[2:])
+        check_map("phase", phase, self.channels, x.shape[2:], x.shape[0])
+        check_map("amplitude", amplitude, self.channels, x.shape[2:], x.shape[0])
         z = self.fusion(torch.cat([x, phase, amplitude], 1))
         channel_term = self.channel_attention(z.mean((2, 3))[:, None])[:, 0]  # [B, C]
         weight = self.predictor.weight.flatten(1)

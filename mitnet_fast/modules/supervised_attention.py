@@ -52,7 +52,7 @@ class SupervisedAttention(nn.Module):
             ValueError: shapes do not fit.
         """
         check_map("features", features, self.channels)
-        check_map("image", image, self.image_channels, features.shape[2:])
+        check_map("image", image, self.image_channels, features.shape[2:], features.shape[0])
         restored = self.to_image(features) + image
         gate = torch.sigmoid(self.to_gate(restored))
         return self.to_features(features) * gate + features, restored

@@ -130,7 +130,7 @@ class TripleInteraction(nn.Module):
         for name, pyramid in pyramids.items():
             if len(pyramid) != self.phase.levels:
                 raise ValueError(f"{name}: expected {self.phase.levels} levels, got {len(pyramid)}")
-            size = None
+            size = batch = None
             for level, feature in enumerate(pyramid):
-                check_map(f"{name}[{level}]", feature, self.phase.width * 2**level, size)
-                size = torch.Size(-(-side // 2) for side in feature.shape[2:])
+                check_map(f"{name}[{level}]", feature, self.phase.width * 2**level, size, batch)
+                batch, size = feature.shape[0], tuple(-(-side // 2) for side in feature.shape[2:])
