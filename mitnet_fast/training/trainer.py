@@ -1,0 +1,562 @@
+"""The training loop, for every system.
+
+A run lives in a folder:
+
+    config.yaml               the whole configuration
+    versions.json             versions of everything, one entry per start
+    log.csv, validation.csv   losses by step, scores by epoch
+    last.pt, previous.pt      state to go on from, and the one before it
+    best.pt                   state with the best validation PSNR
+    epoch-00010.pt, …         states kept for good, where asked for
+    last.safetensors, best.safetensors   weights with their card
+
+The state holds everything that the next step depends on, and the order of the samples depends only on
+seed and epoch. So a run that is stopped or killed, and resumed, ends with the same weights as one that
+was not: bit for bit on the CPU, where the computation itself is reproducible.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.files import atomic_write
+from ..data.paired import PairedImages
+from ..evaluation import PROTOCOLS, score
+from ..weights import save_weights, system_of, versions
+from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from .config import ConfigError, Configuration, flatten, load_config, to_yaml
+from .logs import Clock, CsvLog, Display, Means
+from .sampler import EpochBatches
+from .systems import TrainingDiverged, build_system
+
+OWN_FILES = (
+    "config.yaml",
+    "versions.json",
+    "log.csv",
+    "validation.csv",
+    "*.pt",
+    "last.safetensors",
+    "best.safetensors",
+)
+
+# what a resumed run may change, because the result does not depend on it or is meant to go on
+FREE_FIELDS = (
+    "preset",
+    "data.root",
+    "data.validation_root",
+    "data.workers",
+    "loss.vgg_weights",
+    "run.device",
+    "run.weights",
+    "run.max_nonfinite",
+    "validation.",
+    "output.",
+)
+
+
+class RunFolderError(ValueError):
+    """A run folder that holds a run already, or none to resume."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of :func:`train` did.
+
+    Attributes:
+        run_dir: the run's folder.
+        finished: all epochs are done; otherwise ``train(…, resume=True)`` goes on.
+        step: steps done in all.
+        epoch: epochs done in all.
+        scores: the last validation: mean PSNR (dB) and SSIM, and the number of images; None without one.
+        best: the best of them by PSNR, with its ``epoch``.
+        skipped: non-finite steps skipped in all.
+        images_per_second: of this call.
+        data_wait: share of this call's training time spent waiting for data.
+        weights: the weights after the last step.
+        best_weights: the weights of ``best``; None without a validation.
+    """
+
+    run_dir: Path
+    finished: bool
+    step: int
+    epoch: int
+    scores: dict[str, float] | None
+    best: dict[str, float] | None
+    skipped: int
+    images_per_second: float
+    data_wait: float
+    weights: Path
+    best_weights: Path | None
+
+
+def train(
+    config: Configuration | None,
+    run_dir: str | PathLike[str],
+    *,
+    resume: bool | str | PathLike[str] = False,
+    overwrite: bool = False,
+    datasets: tuple[Dataset, Dataset | None] | None = None,
+    max_steps: int | None = None,
+    card: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> TrainingResult:
+    """Train a system, from the beginning or from where a run stopped.
+
+    Whatever can be wrong with configuration, data, depth maps or weights is found before the first
+    step. Ctrl-C (or SIGTERM) finishes the step, writes ``last.pt`` and returns; a second one stops at
+    once, and then ``last.pt`` is the one before.
+
+    Args:
+        config: of the run. With ``resume`` it may be None (as it was), and may differ from that of
+            the checkpoint only where the result does not depend on it.
+        run_dir: folder of the run; made if it is missing.
+        resume: True: from ``last.pt`` in ``run_dir``; a path: from that checkpoint.
+        overwrite: delete the run that ``run_dir`` holds. Other files there are left alone.
+        datasets: what to train and to validate on instead of the folders in ``config``. Items are
+            mappings with ``hazy`` and ``clear`` [3, H, W] in [0, 1], and ``depth`` [1, H, W] where
+            the loss needs it; in training H = W = ``data.patch``. To resume exactly, an item may
+            depend only on its index and what ``set_epoch(epoch)``, if there is one, was told.
+        max_steps: stop after so many steps in all, as Ctrl-C would.
+        card: further fields for the cards of the weights, see :func:`~mitnet_fast.weights.save_weights`.
+        progress: show a progress bar.
+        console: to show it on.
+
+    Raises:
+        ConfigError: a field is missing, or does not fit the data or the checkpoint.
+        RunFolderError: ``run_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given, or
+            there is none to resume.
+        CheckpointError: the checkpoint is damaged; the newest good one is named.
+        TrainingDiverged: too many steps in a row were not finite.
+        ValueError: the data do not fit; see :class:`~mitnet_fast.data.paired.PairedImages`.
+    """
+    with _StopRequest() as stop:
+        trainer = _Trainer(config, Path(run_dir), resume, overwrite, datasets, card, stop)
+        return trainer.run(max_steps, progress, console or Console())
+
+
+class _Trainer:
+    """A run: everything checked and built by the constructor, then trained by :meth:`run`."""
+
+    def __init__(
+        self,
+        config: Configuration | None,
+        folder: Path,
+        resume: bool | str | PathLike[str],
+        overwrite: bool,
+        datasets: tuple[Dataset, Dataset | None] | None,
+        card: Mapping[str, Any] | None,
+        stop: _StopRequest,
+    ) -> None:
+        self.folder = folder
+        self.stop = stop
+        checkpoint = _checkpoint_to_resume(folder, resume, overwrite)
+        self.config = config = _resumed_config(config, checkpoint)
+        self.device = _device(config.run.device)
+        if config.validation.every and config.validation.protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"validation.protocol: got {config.validation.protocol!r}, allowed are {', '.join(PROTOCOLS)}"
+            )
+        self.train_set, self.validation_set = datasets or _open_datasets(config)
+        self.batches = EpochBatches(len(self.train_set), config.data.batch, config.run.seed, config.run.steps_per_epoch)
+
+        _seed_everything(config.run.seed)
+        self.system = build_system(config, self.device)
+        self._check_data()
+        self.epoch = self.step_in_epoch = self.step = 0
+        self.scores: dict[str, float] | None = None
+        self.best: dict[str, float] | None = None
+        self.means = Means()
+        self.clock = Clock()
+        self.card = dict(card or (checkpoint or {}).get("card", {}))
+        self.log = CsvLog(folder / "log.csv")
+        self.validation_log = CsvLog(folder / "validation.csv")
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._prepare_folder(overwrite, resumed=checkpoint is not None)
+
+    def run(self, max_steps: int | None, progress: bool, console: Console) -> TrainingResult:
+        """Train until the end, ``max_steps`` or a stop."""
+        config = self.config
+        total = config.run.epochs * self.batches.steps
+        self.display = Display(console, progress, steps=total, done=self.step, epochs=config.run.epochs)
+        with self.display:
+            while self.epoch < config.run.epochs and not self._to_stop(max_steps):
+                self._train_epoch(max_steps)
+                if self.step_in_epoch == self.batches.steps and not self.stop.requested:
+                    self._end_epoch()
+            finished = self.epoch == config.run.epochs
+            if not finished:
+                self._save()
+                self.display.say(
+                    f"stopped after step {self.step} of {total}; to go on, resume {self.folder} "
+                    f"(mitnet-fast train --resume {self.folder})"
+                )
+        best_weights = self.folder / "best.safetensors"
+        return TrainingResult(
+            run_dir=self.folder,
+            finished=finished,
+            step=self.step,
+            epoch=self.epoch,
+            scores=self.scores,
+            best=self.best,
+            skipped=self.system.skipped,
+            images_per_second=self.clock.images_per_second,
+            data_wait=self.clock.data_wait,
+            weights=self.folder / "last.safetensors",
+            best_weights=None if self.best is None else best_weights,
+        )
+
+    def _to_stop(self, max_steps: int | None) -> bool:
+        return self.stop.requested or (max_steps is not None and self.step >= max_steps)
+
+    def _train_epoch(self, max_steps: int | None) -> None:
+        """The steps of the epoch that are left, or as many as are asked for."""
+        if self.step_in_epoch == self.batches.steps:
+            return  # stopped between the last step of an epoch and its end
+        started = time.perf_counter()
+        for batch in self._train_batches():
+            came = time.perf_counter()
+            learning_rate = self.system.learning_rate
+            try:
+                values = self.system.training_step(batch)
+            except TrainingDiverged as error:
+                self._save()
+                raise TrainingDiverged(
+                    f"{error}. {self.folder / 'last.safetensors'} holds them; run.weights "
+                    "starts a new run from that file"
+                ) from None
+            self.step += 1
+            self.step_in_epoch += 1
+            self.means.add(values)
+            ended = time.perf_counter()
+            self.clock.add(self.config.data.batch, ended - started, came - started)
+            started = ended
+            last = self.step_in_epoch == self.batches.steps
+            if last or self.step % self.config.output.log_every == 0:
+                self._log(learning_rate)
+            self.display.update(self.step, self.epoch, values, self.clock, self.system.skipped)
+            if self._to_stop(max_steps):
+                return
+            if not last and self.step % self.config.output.checkpoint_every == 0:
+                self._save()
+
+    def _train_batches(self) -> Iterator[dict[str, Any]]:
+        if hasattr(self.train_set, "set_epoch"):
+            self.train_set.set_epoch(self.epoch)
+        self.batches.set_position(self.epoch, self.step_in_epoch)
+        loader = self._loader(self.train_set, batch_sampler=self.batches)
+        return iter(loader)
+
+    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
+        # a generator of its own: a loader without one draws from the global generator, once more after a resume
+        return DataLoader(
+            dataset,
+            num_workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator().manual_seed(self.config.run.seed + self.epoch),
+            **arguments,
+        )
+
+    def _end_epoch(self) -> None:
+        """Validate where it is due, move the schedule on, and write the state of the next epoch's beginning."""
+        due = self.config.validation.every and (
+            (self.epoch + 1) % self.config.validation.every == 0 or self.epoch + 1 == self.config.run.epochs
+        )
+        if due and self.validation_set is not None:
+            scores = self._validate()
+            if scores is None:
+                return
+            self.scores = scores
+        else:
+            due = False
+        self.system.end_epoch()
+        self.epoch += 1
+        self.step_in_epoch = 0
+        if due:
+            improved = self.best is None or self.scores["psnr"] > self.best["psnr"]
+            if improved:
+                self.best = {"epoch": self.epoch, **self.scores}
+                self._save("best")
+            self.validation_log.write({"epoch": self.epoch, "step": self.step, **self.scores})
+            self.display.say(
+                f"epoch {self.epoch}: PSNR {self.scores['psnr']:.2f} dB, SSIM {self.scores['ssim']:.4f}"
+                + (" (best)" if improved else "")
+            )
+        keep_every = self.config.output.keep_every
+        if keep_every is not None and self.epoch % keep_every == 0:
+            save_checkpoint(self.folder / f"epoch-{self.epoch:05d}.pt", self._state())
+        self._save()
+
+    def _validate(self) -> dict[str, float] | None:
+        """Mean scores of the validation images; None when a stop was asked for in between."""
+        protocol = PROTOCOLS[self.config.validation.protocol]
+        psnr, ssim = [], []
+        for item in self._loader(self.validation_set, batch_size=None):
+            if self.stop.requested:
+                return None
+            restored = self.system.restore(protocol.cut(item["hazy"])[None])[0].cpu()
+            scores = score(restored, protocol.cut(item["clear"]), protocol.name)
+            psnr.append(scores.psnr)
+            ssim.append(scores.ssim)
+            if len(psnr) == self.config.validation.images:
+                break
+        return {"psnr": float(np.mean(psnr)), "ssim": float(np.mean(ssim)), "images": len(psnr)}
+
+    def _log(self, learning_rate: float) -> None:
+        self.log.write(
+            {
+                "epoch": self.epoch + 1,
+                "step": self.step,
+                "learning_rate": learning_rate,
+                **self.means.take(),
+                "skipped": self.system.skipped,
+                **self.clock.lap(),
+            }
+        )
+
+    def _save(self, name: str = "last") -> None:
+        previous = self.folder / "previous.pt" if name == "last" else None
+        save_checkpoint(self.folder / f"{name}.pt", self._state(), keep_as=previous)
+        save_weights(self.folder / f"{name}.safetensors", self.system.network, self._weights_card())
+
+    def _state(self) -> dict[str, Any]:
+        network = self.system.network
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "versions": versions(),
+            "position": {
+                "epoch": self.epoch,
+                "step_in_epoch": self.step_in_epoch,
+                "step": self.step,
+                "samples": self.batches.samples,
+            },
+            "system": self.system.state_dict(),
+            "random": random_state(),
+            "means": self.means.state_dict(),
+            "scores": self.scores,
+            "best": self.best,
+            "card": self.card,
+            "weights": {
+                "system": system_of(network),
+                "config": network.config,
+                "state": dict(network.state_dict()),
+                **self._weights_card(),
+            },
+        }
+
+    def _weights_card(self) -> dict[str, Any]:
+        root = self.config.data.root
+        card = {
+            "training": {
+                "preset": self.config.preset,
+                "data": None if root is None else root.name,
+                "epochs": self.epoch,
+                "steps": self.step,
+                "averaged": self.system.average is not None,
+            }
+        }
+        if self.scores is not None and math.isfinite(self.scores["psnr"]):  # JSON has no infinity
+            card["scores"] = {self.config.validation.protocol: self.scores}
+        return card | self.card
+
+    def _load(self, checkpoint: Mapping[str, Any]) -> None:
+        position = checkpoint["position"]
+        if position["samples"] != self.batches.samples:
+            raise ConfigError(
+                f"the training set has {self.batches.samples} samples, the run to resume was trained on "
+                f"{position['samples']}: their order would be another"
+            )
+        self.system.load_state_dict(checkpoint["system"])
+        self.epoch = position["epoch"]
+        self.step_in_epoch = position["step_in_epoch"]
+        self.step = position["step"]
+        self.means.load_state_dict(checkpoint["means"])
+        self.scores = checkpoint["scores"]
+        self.best = checkpoint["best"]
+        set_random_state(checkpoint["random"])
+
+    def _check_data(self) -> None:
+        """One sample of either set, so that what does not fit is found before the first step."""
+        names = self.system.batch_names
+        patch = self.config.data.patch
+        _check_item("the training set", self.train_set, names, patch)
+        if self.validation_set is not None and self.config.validation.every:
+            item = _check_item("the validation set", self.validation_set, ("hazy", "clear"), None)
+            score(item["clear"], item["clear"], self.config.validation.protocol)  # raises where it is too small
+
+    def _prepare_folder(self, overwrite: bool, resumed: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob(".*.tmp"):
+            unfinished.unlink()  # of a run that was killed while it wrote
+        if overwrite:
+            for pattern in OWN_FILES:
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+        self.log.keep(lambda row: int(row["step"]) <= self.step)
+        self.validation_log.keep(lambda row: int(row["epoch"]) <= self.epoch)
+        with atomic_write(self.folder / "config.yaml") as stream:
+            stream.write(to_yaml(self.config).encode())
+        file = self.folder / "versions.json"
+        starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        starts.append({"started": started, "step": self.step, **versions()})
+        with atomic_write(file) as stream:
+            stream.write(json.dumps(starts, indent=2).encode())
+        if not resumed:
+            self._save()
+
+
+class _StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish; the second interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _checkpoint_to_resume(folder: Path, resume: bool | str | PathLike[str], overwrite: bool) -> dict[str, Any] | None:
+    if resume is not False and overwrite:
+        raise RunFolderError("overwrite: a run is either resumed or overwritten, not both")
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.glob("*")))
+    if resume is False:
+        if occupied and not overwrite:
+            raise RunFolderError(
+                f"{folder}: exists and is not empty; resume the run it holds, overwrite it, or choose another folder"
+            )
+        return None
+    if resume is True:
+        if not (folder / "last.pt").is_file() and not any(folder.glob("*.pt")):
+            raise RunFolderError(f"{folder}: there is no run to resume (no checkpoint)")
+        return load_checkpoint(folder / "last.pt")
+    path = Path(resume)
+    if occupied and path.resolve().parent != folder.resolve():
+        raise RunFolderError(f"{folder}: holds another run than the checkpoint {path}; choose an empty folder")
+    return load_checkpoint(path)
+
+
+def _resumed_config(config: Configuration | None, checkpoint: Mapping[str, Any] | None) -> Configuration:
+    if checkpoint is None:
+        if config is None:
+            raise ConfigError("config: only a resumed run can do without")
+        return config
+    before = load_config(checkpoint["config"])
+    if config is None:
+        return before
+    old, new = (flatten(values.model_dump(mode="json")) for values in (before, config))
+    free = list(FREE_FIELDS)
+    if before.schedule.kind != "cosine":
+        free.append("run.epochs")
+    if "none" not in (old.get("data.depth"), new.get("data.depth")):
+        free.append("data.depth")
+    changed = [
+        f"{name}: {old.get(name)!r} in the checkpoint, {new.get(name)!r} now"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and not name.startswith(tuple(free))
+    ]
+    if changed:
+        raise ConfigError("a resumed run cannot change\n" + "\n".join(changed))
+    return config
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"run.device: got {name}, but PyTorch sees {found} GPUs; `mitnet-fast doctor` tells why")
+    return device
+
+
+def _open_datasets(config: Configuration) -> tuple[Dataset, Dataset | None]:
+    data = config.data
+    if data.root is None:
+        raise ConfigError("data.root: not set; it is the folder of the training set (data.root=DIR)")
+    depth = getattr(data, "depth", "none")
+    if depth is None:
+        raise ConfigError(
+            "data.depth: not set; it is the folder of the clear images' depth maps, which `mitnet-fast data depth` "
+            "computes, or none to train without the depth terms"
+        )
+    train_set = PairedImages(
+        data.root,
+        split="train",
+        layout=data.layout,
+        patch=data.patch,
+        augment=None if data.augment == "none" else data.augment,
+        depth=None if depth == "none" else depth,
+        seed=config.run.seed,
+        repeat=data.repeat,
+        uint8=data.uint8,
+    )
+    if not config.validation.every:
+        return train_set, None
+    return train_set, PairedImages(data.validation_root or data.root, split="test", layout=data.layout)
+
+
+def _check_item(where: str, dataset: Dataset, names: tuple[str, ...], patch: int | None) -> Mapping[str, Any]:
+    if not isinstance(dataset, Sized) or len(dataset) == 0:
+        raise ConfigError(f"{where} is empty")
+    item = dataset[0]
+    for name in names:
+        if name not in item:
+            hint = " (data.depth=none trains without the depth terms)" if name == "depth" else ""
+            raise ConfigError(f"{where}: an item has {', '.join(item)}, but no {name}{hint}")
+        value, channels = item[name], 1 if name == "depth" else 3
+        fits = isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.uint8) and value.dim() == 3
+        sides = tuple(value.shape[1:]) if fits else ()
+        if not fits or value.shape[0] != channels or (patch is not None and sides != (patch, patch)):
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            size = "H, W" if patch is None else f"{patch}, {patch}"
+            raise ConfigError(f"{where}: {name} of an item is {found}, expected float32 [{channels}, {size}]")
+        if value.is_floating_point() and not ((value >= 0) & (value <= 1)).all():
+            raise ConfigError(
+                f"{where}: {name} of its first item goes from {value.min():g} to {value.max():g}, expected [0, 1]"
+            )
+    return item
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Let the training process alone answer Ctrl-C: a worker that dies would end the step in hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,270 @@
+"""Weights of a network in one file that says what they are, and the reading of all other kinds.
+
+Ours are safetensors files whose header holds a card in JSON (under ``mitnet_fast``): system and
+constructor arguments, from which :func:`load_weights` builds the network by itself, versions, and
+whatever the writer knows about training data and scores. Read as well are the published
+``.pt`` / ``.pth`` checkpoints, recognised by their names, and the checkpoints of our own training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from . import __version__
+from .data.files import atomic_write
+from .models import CheckpointError, DCMPNet, DepthNet, MITNet
+from .models.official import read_official
+
+CARD = "mitnet_fast"
+SHARED = "dcmpnet-shared-depth"
+CARD_VERSION = 1
+TRAINING_CHECKPOINT = "mitnet_fast training checkpoint"
+OWN_FIELDS = ("format", "system", "config", "parameters", "versions")
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be read or is not what it says."""
+
+
+class DepthSharingDCMPNet(nn.Module):
+    """DCMPNet with ``share_depth`` together with the depth network whose map it takes.
+
+    Args:
+        dehazing: a DCMPNet built with ``share_depth=True``.
+        depth: the depth network that it was trained with.
+
+    Source: DCMPNet (CVPR 2024, arXiv 2403.01105); see :class:`~mitnet_fast.models.DCMPNet`.
+    """
+
+    def __init__(self, dehazing: DCMPNet, depth: DepthNet) -> None:
+        super().__init__()
+        self.dehazing = dehazing
+        self.depth = depth
+
+    @classmethod
+    def from_config(cls, dehazing: Mapping[str, Any], depth: Mapping[str, Any]) -> DepthSharingDCMPNet:
+        """Build both networks from what :attr:`config` holds."""
+        return cls(DCMPNet(**dehazing), DepthNet(**depth))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of :meth:`from_config`."""
+        return {"dehazing": self.dehazing.config, "depth": self.depth.config}
+
+    def restore(self, image: torch.Tensor) -> torch.Tensor:
+        """Restore hazy images [B, 3, H, W] in [0, 1] of any size; see :meth:`DCMPNet.restore`."""
+        return self.dehazing.restore(image, self.depth.estimate(image))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "mitnet": MITNet,
+    "dcmpnet": DCMPNet,
+    "depthnet": DepthNet,
+    SHARED: DepthSharingDCMPNet,
+}
+OFFICIAL = ("mitnet", "dcmpnet", "depthnet")
+
+
+def save_weights(path: str | os.PathLike[str], model: nn.Module, card: Mapping[str, Any] | None = None) -> Path:
+    """Write a network's weights and its card as safetensors; the file is whole or not there.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        model: a MITNet, DCMPNet, DepthNet or DepthSharingDCMPNet, on any device.
+        card: what is known about the weights, as JSON: training data, ``demo`` for weights that only
+            show that training works, scores by protocol, ….
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: another kind of model, or a card that JSON cannot hold.
+        ValueError: a card with a field that is written here.
+    """
+    taken = [field for field in OWN_FIELDS if field in (card or {})]
+    if taken:
+        raise ValueError(f"card: the fields {', '.join(taken)} are taken from the model, leave them out")
+    whole = {
+        "format": CARD_VERSION,
+        "system": system_of(model),
+        "config": model.config,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "versions": versions(),
+        **(card or {}),
+    }
+    try:
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"card: not JSON: {error}") from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # every tensor with memory of its own, in the default layout: the format knows neither views nor strides
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    with atomic_write(path) as stream:
+        stream.write(save(state, metadata={"format": "pt", CARD: text}))
+    return path
+
+
+def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network that a file of weights belongs to, with its weights, in evaluation mode.
+
+    Args:
+        path: safetensors with our card, a checkpoint of our training (averaged weights where there
+            are some), or a published ``.pt`` / ``.pth`` of MITNet, DCMPNet or its depth network.
+        device: where the network goes.
+
+    Returns:
+        The network and its card. ``system`` is always there.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsError: none of these files, damaged, or of a newer version than this.
+        CheckpointError: a published checkpoint with missing, unknown or misshapen entries.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    model, card = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
+    return model.to(device).eval(), card
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card of a safetensors file of ours, without its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsError: not safetensors, or without our card.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    return _load_card(path)
+
+
+def system_of(model: nn.Module) -> str:
+    """The name of a network's system: a key of :data:`NETWORKS`.
+
+    Raises:
+        TypeError: another kind of model.
+    """
+    for system, network in NETWORKS.items():
+        if type(model) is network:
+            return system
+    allowed = ", ".join(network.__name__ for network in NETWORKS.values())
+    raise TypeError(f"model: got {type(model).__name__}, allowed are {allowed}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers, for cards and run folders."""
+    found = {
+        "mitnet_fast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain string, not its subclass
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name()}
+    return found
+
+
+def build_network(system: object, config: object, source: Path) -> nn.Module:
+    """A network from what a card says; ``source`` is the file that said it."""
+    if system not in NETWORKS:
+        raise WeightsError(f"{source}: system is {system!r}, known are {', '.join(NETWORKS)}")
+    try:
+        return DepthSharingDCMPNet.from_config(**config) if system == SHARED else NETWORKS[system](**config)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{source}: its configuration does not fit {system}: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of length, then a JSON object."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and not head.startswith(b"PK")
+
+
+def _load_card(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file: {error}") from error
+    try:
+        card = json.loads(metadata[CARD])
+        version = card["format"]
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path}: safetensors without a card of mitnet_fast: what network is it?") from None
+    if version != CARD_VERSION:
+        raise WeightsError(f"{path}: card of format {version}, this version reads format {CARD_VERSION}")
+    return card
+
+
+def _load_safetensors(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    card = _load_card(path)
+    model = build_network(card.get("system"), card.get("config"), path)
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    _load_state(model, state, path)
+    return model, card
+
+
+def _load_torch(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(f"{path}: neither safetensors nor a checkpoint that can be read safely: {reason}") from error
+    if isinstance(content, Mapping) and content.get("format") == TRAINING_CHECKPOINT:
+        weights = content["weights"]
+        model = build_network(weights["system"], weights["config"], path)
+        _load_state(model, weights["state"], path)
+        return model, {key: value for key, value in weights.items() if key != "state"}
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: expected a state dict, got {type(content).__name__}")
+    try:
+        return _load_official(content, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _load_official(content: Mapping[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The published network with most names in common."""
+    state = read_official(content)
+    names = {system: _official_names(NETWORKS[system]) for system in OFFICIAL}
+    shared = {system: len(known & state.keys()) / len(known | state.keys()) for system, known in names.items()}
+    system = max(shared, key=shared.__getitem__)
+    if not shared[system]:
+        known = ", ".join(NETWORKS[name].__name__ for name in OFFICIAL)
+        raise WeightsError(
+            f"{path}: none of its {len(state)} names belongs to {known}; it begins with {', '.join(list(state)[:3])}"
+        )
+    model = NETWORKS[system].from_official(state)
+    return model, {"system": system, "config": model.config, "source": "published checkpoint"}
+
+
+def _official_names(network: type[nn.Module]) -> set[str]:
+    with torch.device("meta"):
+        return set(network().to_official())
+
+
+def _load_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: {error}") from error
