@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from os import PathLike
 from typing import NamedTuple
 
@@ -174,9 +175,9 @@ class MITNet(nn.Module):
         state = read_official(source)
         stem = state.get("conv_01.weight", torch.empty(20, 3, 3, 3)).shape
         width, in_channels = stem[:2] if len(stem) == 4 and all(stem) else (20, 3)
-        depth = 0  # either encoder tells it, so that an entry missing from one is reported as missing
-        while re.search(rf"^down_path_[12]\.{depth}\.", "\n".join(state), re.MULTILINE):
-            depth += 1
+        # either encoder tells the depth, so that an entry missing from one is reported as missing
+        levels = {int(match[1]) for match in map(re.compile(r"down_path_[12]\.(\d+)\.").match, state) if match}
+        depth = next(level for level in count() if level not in levels)
         model = cls(in_channels, width, depth if depth > 1 else 4, negative_slope, decoder_spectral)
         load_official(model, state, MITNET_NAMES)
         return model
