@@ -43,14 +43,16 @@ def relative_offsets(window_size: int) -> torch.Tensor:
 
 
 def smallest_side(window_size: int, shifted: bool) -> int:
-    """Side from which reflection can pad a map to whole windows: w//2 + 1, shifted by w//2 more.
+    """Side from which reflection can pad every map to whole windows.
+
+    A pad must be smaller than the side: more than half a window is needed, and more than three
+    quarters of it where windows are shifted by half of their size.
 
     Args:
         window_size: w ≥ 1.
-        shifted: whether blocks with a shift of w//2 are among those that the map passes.
+        shifted: whether the map passes blocks with a shift of w//2.
     """
-    shift = window_size // 2 if shifted else 0
-    return (2 * window_size - shift) // 2 + 1 if shift else window_size // 2 + 1
+    return (2 * window_size - window_size // 2 if shifted else window_size) // 2 + 1
 
 
 class RescaleNorm(nn.Module):
@@ -212,9 +214,7 @@ class LEGMBlock(nn.Module):
             raise ValueError(f"mlp_ratio: must leave at least one of {channels} channels, got {mlp_ratio!r}")
         self.norm = RescaleNorm(channels) if heads else None
         self.mix = LocalGlobalMixing(channels, heads, window_size, shift)
-        self.mlp = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1)
-        )
+        self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1))
         for part in (self.mix, self.mlp):
             for name, layer in part.named_modules():
                 if isinstance(layer, nn.Conv2d):
