@@ -29,10 +29,10 @@ demo: $(INSTALLED)
 	$(PY) -m mitnet_fast demo $(DEMO_ARGS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not exhaustive" $(TEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not exhaustive" $(TEST_ARGS)
 
 test-all: $(INSTALLED)
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

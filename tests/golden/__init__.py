@@ -62,7 +62,7 @@ def official_state(
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor | np.ndarray) -> float:
     """Relative L2 distance in float64; infinite when shapes differ or anything is not finite."""
-    expected = torch.as_tensor(expected).double()
+    expected = torch.as_tensor(expected).detach().double()
     actual = actual.detach().double()
     if actual.shape != expected.shape or not torch.isfinite(actual).all():
         return float("inf")
