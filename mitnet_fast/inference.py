@@ -1,0 +1,399 @@
+"""Dehazing files: photographs of any size in, restored ones out, transparency and 16 bits kept.
+
+Both networks look at the whole image, so tiles are never exact. They overlap and are blended,
+
+    y = Σ wᵢ · yᵢ / Σ wᵢ,    w = s(min(1, distance to the tile's edge / overlap)) on each axis, s(t) = t²·(3 − 2·t),
+
+and the deviation from the full frame can be reported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from .data.images import EXTENSIONS, check_writable, read_image, write_image
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Restoration = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a tiled result is from that of the full frame, in 8-bit levels.
+
+    Args:
+        mean: mean absolute difference.
+        largest: largest absolute difference.
+    """
+
+    mean: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What became of one file.
+
+    Args:
+        input: the file read.
+        output: the file written, or that would have been.
+        error: why there is none, or "".
+        seconds: the network's time.
+        height: pixels.
+        width: pixels.
+        deviation: of the tiled result from the full frame, where asked for and possible.
+        notes: what else there is to know, such as frames left out.
+    """
+
+    input: Path
+    output: Path
+    error: str = ""
+    seconds: float = math.nan
+    height: int = 0
+    width: int = 0
+    deviation: Deviation | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of all files, in order; `rich.print` shows it as a table.
+
+    Args:
+        results: one for each file.
+        seconds: from the first file's start to the last one's end.
+    """
+
+    results: tuple[FileResult, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[FileResult, ...]:
+        """The files that could not be restored."""
+        return tuple(result for result in self.results if result.error)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.render()
+
+    def render(self) -> Table:
+        """Table of the files with sizes, times, deviations and errors."""
+        done = len(self.results) - len(self.failures)
+        table = Table("file", "size", "network / s", "result", title=f"{done} of {len(self.results)} files")
+        table.caption = f"{self.seconds:.1f} s in all"
+        for result in self.results:
+            if result.error:
+                table.add_row(Text(str(result.input)), "", "", Text(result.error, "red"))
+                continue
+            lines = [str(result.output), *result.notes]
+            if result.deviation:
+                mean, largest = result.deviation.mean, result.deviation.largest
+                lines.append(f"tiles differ by {mean:.2f} levels of 255 on average, {largest:.1f} at most")
+            size = f"{result.width}×{result.height}"
+            table.add_row(Text(str(result.input)), size, f"{result.seconds:.2f}", Text("\n".join(lines)))
+        return table
+
+
+def dehaze_files(
+    model: nn.Module,
+    inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
+    output_dir: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    recursive: bool = False,
+    suffix: str = "",
+    extension: str | None = None,
+    tile: int | None = None,
+    overlap: int = 64,
+    compare: bool = False,
+    self_ensemble: bool = False,
+    progress: Callable[[int, int, FileResult], None] | None = None,
+) -> Summary:
+    """Restore image files and the images of folders; a file that fails does not stop the others.
+
+    Every result is written under its input's name, in the same bit depth and with the same transparency and colour
+    profile, and appears whole or not at all.
+
+    Args:
+        model: a network with ``restore(image [1, 3, H, W]) -> [1, 3, H, W]``, images in [0, 1].
+        inputs: files, whatever their extension, and folders, of which the images are taken.
+        output_dir: where the results go; made if missing.
+        device: where the network runs, it is moved there; None: where it is.
+        dtype: float32, or the half precision of autocast.
+        overwrite: replace files that exist, the inputs themselves included.
+        recursive: take images from folders within folders too; results lie in folders of the same names.
+        suffix: added to every result's stem.
+        extension: of the results, such as ".png"; None keeps each input's, or ".png" where that names no format.
+        tile: largest side of the windows to restore one by one, pixels; None restores whole images.
+        overlap: least overlap of neighbouring tiles, pixels, below ``tile``.
+        compare: also restore the full frame and report how far the tiles are from it.
+        self_ensemble: mean over the eight flips and transpositions of each image: eight times the work.
+        progress: called with the number of files done, of all, and the last one's result.
+
+    Returns:
+        What became of every file.
+
+    Raises:
+        ValueError: an argument outside what is allowed, no or missing inputs, a folder without images, results that
+            would have the same name or replace an input; nothing has been written then.
+    """
+    check_tiling(tile, overlap)
+    check_dtype(dtype)
+    if compare and tile is None:
+        raise ValueError("compare: there is nothing to compare without tile")
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir: {output_dir} is a file")
+    jobs = _plan(inputs, output_dir, suffix, extension, recursive, overwrite)
+    place_of_model = place(model, device)
+    run = partial(restore, model, device=place_of_model, dtype=dtype, overlap=overlap, self_ensemble=self_ensemble)
+    started = time.perf_counter()
+    results = []
+    for source, target in jobs:
+        try:
+            if target.exists() and not overwrite:
+                raise FileExistsError(f"{target} exists; overwrite=True replaces it")
+            result = _dehaze_file(run, source, target, tile, compare)
+        except torch.OutOfMemoryError as error:
+            result = FileResult(source, target, f"out of memory; smaller tiles need less: {error}")
+        except Exception as error:  # whatever one file meets, the others are still worth restoring
+            result = FileResult(source, target, str(error) or type(error).__name__)
+        results.append(result)
+        if progress:
+            progress(len(results), len(jobs), result)
+    return Summary(tuple(results), time.perf_counter() - started)
+
+
+def restore(
+    model: nn.Module,
+    image: torch.Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    tile: int | None = None,
+    overlap: int = 64,
+    self_ensemble: bool = False,
+) -> tuple[torch.Tensor, float]:
+    """Restore one image with a network that is where `place` put it.
+
+    Args:
+        model: a network with ``restore(image)``.
+        image: float32 [B, 3, H, W] in [0, 1], on any device.
+        device: where the network is.
+        dtype: float32, or the half precision of autocast.
+        tile: largest side of the windows, pixels; None restores the whole image at once.
+        overlap: least overlap of neighbouring tiles, pixels.
+        self_ensemble: mean over the eight flips and transpositions.
+
+    Returns:
+        The result, float32 like ``image`` but on the CPU, not clipped, and the seconds it took.
+
+    Raises:
+        ValueError: an argument outside what is allowed, or a network whose result has another shape.
+    """
+    check_tiling(tile, overlap)
+    check_dtype(dtype)
+
+    def whole(part: torch.Tensor) -> torch.Tensor:
+        result = model.restore(part)
+        if result.shape != part.shape:
+            raise ValueError(f"the network gave {list(result.shape)} for {list(part.shape)}")
+        return result.float()
+
+    def tiled(part: torch.Tensor) -> torch.Tensor:
+        return whole(part) if tile is None else restore_tiled(whole, part, tile, overlap)
+
+    started = time.perf_counter()
+    with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        moved = image.to(device)
+        result = (_ensemble(tiled, moved) if self_ensemble else tiled(moved)).cpu()
+    return result, time.perf_counter() - started
+
+
+def restore_tiled(restoration: Restoration, image: torch.Tensor, tile: int, overlap: int) -> torch.Tensor:
+    """Restore an image window by window and blend the results.
+
+    Args:
+        restoration: maps [B, 3, h, w] to the same shape.
+        image: [B, 3, H, W].
+        tile: largest side of the windows, pixels.
+        overlap: least overlap of neighbouring windows, pixels, below ``tile``.
+
+    Returns:
+        [B, 3, H, W]; exactly the restoration of the full frame where that fits into one tile.
+
+    Raises:
+        ValueError: ``tile`` or ``overlap`` outside what is allowed.
+    """
+    check_tiling(tile, overlap)
+    rows, columns = (_starts(side, tile, overlap) for side in image.shape[-2:])
+    if len(rows) == len(columns) == 1:
+        return restoration(image)
+    height, width = (min(side, tile) for side in image.shape[-2:])
+    weight = _ramp(height, overlap)[:, None] * _ramp(width, overlap)
+    weight = weight.to(device=image.device, dtype=image.dtype)
+    total, result = torch.zeros_like(image[:1, :1]), torch.zeros_like(image)
+    for top in rows:
+        for left in columns:
+            window = (..., slice(top, top + height), slice(left, left + width))
+            result[window] += restoration(image[window].contiguous()) * weight
+            total[window] += weight
+    return result / total
+
+
+def place(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Move a network to a device, or find out where it is.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:  # torch raises either for a backend that it lacks
+        raise ValueError(f"device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def check_tiling(tile: int | None, overlap: int) -> None:
+    """Raise ValueError unless ``tile`` is None or at least 1 and ``overlap`` below it."""
+    if tile is not None and (tile < 1 or not 0 <= overlap < tile):
+        raise ValueError(f"tile and overlap: expected tile ≥ 1 and 0 ≤ overlap < tile, got {tile} and {overlap}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless networks can run in ``dtype``."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
+def _dehaze_file(
+    run: Callable[..., tuple[torch.Tensor, float]], source: Path, target: Path, tile: int | None, compare: bool
+) -> FileResult:
+    image = read_image(source)
+    check_writable(target, alpha=image.alpha is not None, bits=image.bits)
+    hazy = image.rgb[None]
+    restored, seconds = run(hazy, tile=tile)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_image(target, restored[0], image.alpha, image.bits, image.icc_profile)
+    deviation, notes = None, list(image.notes)
+    if compare:
+        try:
+            difference = (restored - run(hazy, tile=None)[0]).abs() * 255
+            deviation = Deviation(float(difference.mean()), float(difference.max()))
+        except (RuntimeError, MemoryError) as error:  # most likely the memory that the tiles were to save
+            notes.append(f"the full frame could not be computed: {error}")
+    return FileResult(source, target, "", seconds, *image.rgb.shape[-2:], deviation, tuple(notes))
+
+
+def _ensemble(restoration: Restoration, image: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(image)
+    for transpose in (False, True):
+        turned = image.transpose(-2, -1) if transpose else image
+        for axes in ((), (-1,), (-2,), (-2, -1)):
+            result = restoration(turned.flip(axes).contiguous()).flip(axes)
+            total += result.transpose(-2, -1) if transpose else result
+    return total / 8
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of evenly spread windows that cover ``side`` and overlap by at least ``overlap``."""
+    if side <= tile:
+        return [0]
+    count = math.ceil((side - overlap) / (tile - overlap))
+    return [i * (side - tile) // (count - 1) for i in range(count)]
+
+
+def _ramp(length: int, overlap: int) -> torch.Tensor:
+    if overlap == 0:
+        return torch.ones(length)
+    position = torch.arange(length) + 0.5
+    edge = (torch.minimum(position, length - position) / overlap).clamp(max=1)
+    return edge * edge * (3 - 2 * edge)
+
+
+def _plan(
+    inputs: str | PathLike[str] | Iterable[str | PathLike[str]],
+    output_dir: Path,
+    suffix: str,
+    extension: str | None,
+    recursive: bool,
+    overwrite: bool,
+) -> list[tuple[Path, Path]]:
+    """Every input file with its output file."""
+    if extension is not None:
+        extension = "." + extension.lower().removeprefix(".")
+        if extension not in EXTENSIONS:
+            raise ValueError(f"extension: expected one of {', '.join(EXTENSIONS)}, got {extension!r}")
+    if suffix != "" and (Path(suffix).name != suffix or "\\" in suffix):
+        raise ValueError(f"suffix: expected part of a file name, got {suffix!r}")
+    given = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
+    if not given:
+        raise ValueError("inputs: no file or folder given")
+    jobs: dict[Path, tuple[Path, Path]] = {}  # by absolute path: a file given twice is one job
+    for path in map(Path, given):
+        for source, folder in _files_of(path, output_dir, recursive):
+            ending = extension or (source.suffix if source.suffix.lower() in EXTENSIONS else ".png")
+            target = output_dir / folder / f"{source.stem}{suffix}{ending}"
+            jobs.setdefault(Path(os.path.abspath(source)), (source, target))
+    _check_targets(list(jobs.values()), overwrite)
+    return list(jobs.values())
+
+
+def _files_of(path: Path, output_dir: Path, recursive: bool) -> Sequence[tuple[Path, Path]]:
+    """The image files that an input stands for, each with its folder below the input."""
+    if not path.exists():
+        raise ValueError(f"inputs: no file or folder {path}")
+    if not path.is_dir():
+        return [(path, Path())]
+    # Results of an earlier run within the folder are no inputs.
+    written = output_dir.resolve() if recursive and output_dir.resolve() != path.resolve() else None
+    found = [
+        (file, file.parent.relative_to(path))
+        for file in sorted(path.rglob("*") if recursive else path.iterdir())
+        if file.suffix.lower() in EXTENSIONS
+        and not file.name.startswith(".")
+        and file.is_file()
+        and (written is None or written not in file.resolve().parents)
+    ]
+    if not found:
+        raise ValueError(f"inputs: the folder {path} has no file with any of {', '.join(EXTENSIONS)}")
+    return found
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _check_targets(jobs: Sequence[tuple[Path, Path]], overwrite: bool) -> None:
+    """Raise unless every result has a file of its own that is no other's input."""
+    sources = {_identity(source) for source, _ in jobs}
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        if target in taken:
+            raise ValueError(f"inputs: {taken[target]} and {source} would both be written to {target}")
+        taken[target] = source
+        if target.exists() and _identity(target) in sources:
+            if _identity(target) != _identity(source):
+                raise ValueError(f"output_dir: the result of {source} would replace the input {target}")
+            if not overwrite:
+                raise ValueError(
+                    f"output_dir: {target} is an input; choose another folder, a suffix, or overwrite=True"
+                )
