@@ -13,7 +13,9 @@ No GPU is looked for: a machine without one builds for all.
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,11 +24,16 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 MODES = ("auto", "cpu", "cuda", "none")
+# Instruction sets under PyTorch's names; csrc/common/cpu_capability.cpp chooses one at run time
+CPU_CAPABILITIES = {"DEFAULT": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_CAPABILITIES["AVX2"] = "-mavx2 -mfma -mf16c"
+    CPU_CAPABILITIES["AVX512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
 
 def find_cuda_home() -> Path | None:
@@ -78,44 +85,67 @@ def gencode(entries: list[str]) -> list[str]:
     return flags
 
 
-class BuildWithCuda(BuildExtension):
-    """Compiles the .cu files with nvcc into objects, then lets PyTorch's builder do the C++ half.
+def escaped(path: Path | str) -> str:
+    """A path as ninja's build lines take it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
-    The kernels include no PyTorch header, so a CPU build of PyTorch is enough to build them.
+
+class BuildWithKernels(BuildExtension):
+    """Compiles the kernels, whose flags differ from file to file, then lets PyTorch's builder do the rest.
+
+    Kernels for the CPU (``*_cpu_kernels.cpp``) are compiled once per instruction set, those for CUDA
+    by nvcc. The latter include no PyTorch header, so a CPU build of PyTorch is enough to build them.
     """
 
     def build_extensions(self) -> None:
         try:
-            if cuda_home:
-                self.extensions[0].extra_objects = self.compile_cuda_sources()
+            self.extensions[0].extra_objects = self.compile_kernels()
             super().build_extensions()
         except Exception as error:
             if mode != "auto":
                 raise
             print(f"mitnet_fast: the compiled half could not be built and is left out: {error}", file=sys.stderr)
 
-    def compile_cuda_sources(self) -> list[str]:
-        folder = Path(self.build_temp).resolve() / "cuda"
+    def compile_kernels(self) -> list[str]:
+        folder = Path(self.build_temp).resolve() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = [
-            "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden",
-            *(["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]),
-            *gencode(architectures()),
-        ]  # fmt: skip
-        rules = [
-            f"nvcc = {cuda_home / 'bin' / 'nvcc'}",
-            f"flags = {' '.join(flags)} -I{ROOT / 'csrc'}",
-            "rule compile",
-            "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        optimisation = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+        includes = [f"-I{shlex.quote(str(path))}" for path in (ROOT / "csrc", *include_paths())]
+        lines = [
+            f"cxx = {get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden {' '.join(optimisation + includes)}",
+            "rule cpu",
+            "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        objects = [folder / f"{'_'.join(source.relative_to(ROOT / 'csrc').parts)}.o" for source in cuda_sources]
-        rules += [f"build {target}: compile {source}" for target, source in zip(objects, cuda_sources, strict=True)]
-        (folder / "build.ninja").write_text("\n".join(rules) + "\n")
+        objects = []
+        # The narrowest comes first: of an inline function that no namespace keeps apart, a linker takes the first copy
+        for capability, flags in CPU_CAPABILITIES.items():
+            for source in cpu_kernels:
+                target = folder / f"{source.stem}_{capability}.o"
+                defines = f"-DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
+                lines += [f"build {escaped(target)}: cpu {escaped(source)}", f"  flags = {defines} {flags}"]
+                objects.append(str(target))
+        if cuda_home:
+            flags = [
+                "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC",
+                "-Xcompiler", "-fvisibility=hidden", *optimisation, *gencode(architectures()), includes[0],
+            ]  # fmt: skip
+            lines += [
+                f"nvcc = {shlex.quote(str(cuda_home / 'bin' / 'nvcc'))} {' '.join(flags)}",
+                "rule cuda",
+                "  command = $nvcc -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+            for source in cuda_sources:
+                target = folder / f"{'_'.join(source.relative_to(ROOT / 'csrc').parts)}.o"
+                lines.append(f"build {escaped(target)}: cuda {escaped(source)}")
+                objects.append(str(target))
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *jobs], check=True)
-        return [str(target) for target in objects]
+        return objects
 
 
 mode = os.environ.get("MITNET_FAST_BUILD", "auto").lower()
@@ -130,6 +160,7 @@ cuda_home = find_cuda_home() if mode in ("auto", "cuda") else None
 if mode == "cuda" and cuda_home is None:
     sys.exit("MITNET_FAST_BUILD=cuda: no nvcc with a static CUDA runtime in CUDA_HOME, on PATH or in pip's packages")
 
+cpu_kernels = sorted((ROOT / "csrc").rglob("*_cpu_kernels.cpp"))
 cuda_sources = sorted((ROOT / "csrc").rglob("*.cu"))
 extensions = []
 if mode != "none":
@@ -143,16 +174,24 @@ if mode != "none":
         ]
         # static: the extension then loads on machines without a CUDA toolkit
         link = [f"-L{cudart_folder(cuda_home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    sources = sorted(set((ROOT / "csrc").rglob("*.cpp")) - set(cpu_kernels))
+    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
     extensions = [
         CppExtension(
             "mitnet_fast._C",
-            [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))],
+            [str(path.relative_to(ROOT)) for path in sources],
             include_dirs=[str(ROOT / "csrc")],
             define_macros=macros,
-            extra_compile_args=["-O0", "-g"] if debug else ["-O3", "-DNDEBUG", "-g0", "-fvisibility=hidden"],
+            # -fopenmp for the compiler alone: the runtime has to be the one that PyTorch brings and has loaded
+            extra_compile_args=[
+                "-fopenmp",
+                "-fvisibility=hidden",
+                *(["-O0", "-g"] if debug else ["-O3", "-DNDEBUG", "-g0"]),
+            ],
             extra_link_args=link,
-            depends=[*headers, *(str(path.relative_to(ROOT)) for path in (cuda_sources if cuda_home else []))],
+            depends=[
+                str(path.relative_to(ROOT)) for path in (*headers, *cpu_kernels, *(cuda_sources if cuda_home else []))
+            ],
             optional=mode == "auto",
         )
     ]
@@ -172,5 +211,5 @@ setup(
         "mitnet_fast.triton_kernels": ["tuned/*.json"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildWithCuda},
+    cmdclass={"build_ext": BuildWithKernels},
 )
