@@ -57,9 +57,7 @@ class UNetPrior(nn.Module):
         self.in_channels = in_channels
         # channels of d1, d2, d3: a decoder level returns the width of the level above it
         self.out_channels = (widths[1], widths[0], in_channels)
-        self.encoder = nn.ModuleList(
-            DoubleConv(before, after) for before, after in pairwise([in_channels, *widths])
-        )
+        self.encoder = nn.ModuleList(DoubleConv(before, after) for before, after in pairwise([in_channels, *widths]))
         # level k joins e_k with the enlarged u_{k+1}, which has the channels of e_k (e_4 at the bottom)
         below = [*widths[:3], widths[4]]
         self.decoder = nn.ModuleList(
