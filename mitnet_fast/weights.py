@@ -115,7 +115,7 @@ def save_weights(path: str | os.PathLike[str], model: nn.Module, card: Mapping[s
         for name, value in model.state_dict().items()
     }
     with atomic_write(path) as stream:
-        stream.write(save(state, metadata={"format": "pt", CARD: text}))
+        stream.write(save(state, metadata={CARD: text}))
     return path
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -140,8 +141,11 @@ class System(abc.ABC):
 
     def end_epoch(self) -> None:
         """Move every schedule on by one epoch."""
-        for scheduler in self.schedulers.values():
-            scheduler.step()
+        with warnings.catch_warnings():
+            # a run resumed at the very end of an epoch has taken no step yet in this process
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers.values():
+                scheduler.step()
 
     def restore(self, image: torch.Tensor) -> torch.Tensor:
         """Restore hazy images [B, 3, H, W] in [0, 1] of any size with the weights to use; not clamped."""

@@ -1,0 +1,208 @@
+"""Files of weights: what is written comes back as the same network, whatever the kind of file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mitnet_fast import __version__
+from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, MITNet
+from mitnet_fast.weights import (
+    DepthSharingDCMPNet,
+    WeightsError,
+    load_weights,
+    read_card,
+    save_weights,
+    system_of,
+)
+
+SMALL = {
+    "widths": (4, 4, 4),
+    "depths": (1, 1, 1, 1, 1),
+    "heads": (1, 1, 1, 1, 1),
+    "prior_widths": (2, 2, 4, 4, 4),
+    "depth_widths": (4,),
+    "growth": 2,
+}
+
+
+def network(system: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return {
+        "mitnet": lambda: MITNet(width=2, depth=3, decoder_spectral=True),
+        "dcmpnet": lambda: DCMPNet(**SMALL),
+        "depthnet": lambda: DepthNet((4, 4), growth=2),
+        "dcmpnet-shared-depth": lambda: DepthSharingDCMPNet(DCMPNet(**SMALL, share_depth=True), DepthNet((4,), 2)),
+    }[system]()
+
+
+def assert_same_network(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    assert type(actual) is type(expected)
+    assert actual.config == expected.config
+    assert actual.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("system", ["mitnet", "dcmpnet", "depthnet", "dcmpnet-shared-depth"])
+def test_a_network_comes_back_from_its_file(system, tmp_path):
+    model = network(system).to(memory_format=torch.channels_last).train()
+    assert system_of(model) == system
+    path = save_weights(tmp_path / "new folder" / "weights.safetensors", model, {"demo": True, "scores": {"psnr": 20}})
+    loaded, card = load_weights(path)
+    assert_same_network(loaded, model)
+    assert not any(module.training for module in loaded.modules())
+    assert card == read_card(path)
+    assert (card["system"], card["demo"], card["scores"]) == (system, True, {"psnr": 20})
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert card["versions"]["torch"] == torch.__version__
+    assert card["versions"]["mitnet_fast"] == __version__
+    assert [file.name for file in path.parent.iterdir()] == ["weights.safetensors"]
+
+
+def test_the_file_is_plain_safetensors_and_always_the_same(tmp_path):
+    model = network("mitnet")
+    first, second = (save_weights(tmp_path / name, model) for name in ("a.safetensors", "b.safetensors"))
+    assert first.read_bytes() == second.read_bytes()
+    with safe_open(first, "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+        assert json.loads(file.metadata()["mitnet_fast"])["config"] == model.config
+
+
+def test_the_network_with_shared_depth_restores_from_the_image_alone(tmp_path):
+    model, _ = load_weights(save_weights(tmp_path / "w.safetensors", network("dcmpnet-shared-depth")))
+    image = torch.rand(1, 3, 33, 30)
+    expected = model.dehazing.restore(image, model.depth.estimate(image))
+    assert torch.equal(model.restore(image), expected)
+
+
+def test_the_network_goes_to_the_device_that_is_asked_for(tmp_path):
+    model, _ = load_weights(save_weights(tmp_path / "w.safetensors", network("mitnet")), device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_published_mitnet_checkpoints_are_recognised_by_their_names(wrapped, tmp_path):
+    torch.manual_seed(0)
+    model = MITNet(width=2)
+    state = model.to_official()
+    path = tmp_path / "anything.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}} if wrapped else state, path)
+    loaded, card = load_weights(path)
+    assert_same_network(loaded, model)
+    assert card == {"system": "mitnet", "config": model.config, "source": "published checkpoint"}
+
+
+@pytest.mark.parametrize("network", [DCMPNet, DepthNet])
+def test_published_dcmpnet_checkpoints_are_recognised_by_their_names(network, tmp_path):
+    torch.manual_seed(0)
+    model = network()
+    path = tmp_path / "anything.pt"
+    torch.save(model.to_official(), path)
+    loaded, card = load_weights(path)
+    assert_same_network(loaded, model)
+    assert card["system"] == network.__name__.lower()
+
+
+def test_a_published_checkpoint_that_does_not_fit_lists_every_difference(tmp_path):
+    state = MITNet(width=2).to_official()
+    state["surplus"] = state.pop("last.bias")
+    path = tmp_path / "broken.pt"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"broken\.pt: .*missing: last\.bias; unknown: surplus"):
+        load_weights(path)
+
+
+def rewrite(path, **fields):
+    """Change the card of a file, not its tensors; a field that is None is taken out."""
+    with safe_open(path, "pt") as file:
+        card = json.loads(file.metadata()["mitnet_fast"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    card = {name: value for name, value in {**card, **fields}.items() if value is not None}
+    save_file(state, path, {"mitnet_fast": json.dumps(card)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": 2}, "card of format 2, this version reads format 1"),
+        ({"format": None}, "without a card of mitnet_fast"),
+        ({"system": "unet"}, "system is 'unet', known are mitnet, dcmpnet, depthnet, dcmpnet-shared-depth"),
+        ({"config": None}, "configuration does not fit mitnet"),
+        ({"config": {"width": 2, "colour": 1}}, "configuration does not fit mitnet: .*colour"),
+        ({"config": {"width": 0}}, "configuration does not fit mitnet: width"),
+        ({"config": {"width": 3, "depth": 3}}, "size mismatch"),
+        ({"config": {"width": 2, "depth": 2}}, "Unexpected key"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_refused(fields, message, tmp_path):
+    path = save_weights(tmp_path / "w.safetensors", network("mitnet"))
+    rewrite(path, **fields)
+    with pytest.raises(WeightsError, match=rf"w\.safetensors: (.|\n)*{message}"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_file_that_was_cut_off_is_refused(share, tmp_path):
+    path = save_weights(tmp_path / "w.safetensors", network("mitnet"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_weights(path)
+
+
+def test_foreign_files_are_refused_with_the_reason(tmp_path):
+    path = tmp_path / "foreign"
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(WeightsError, match="safetensors without a card"):
+        load_weights(path)
+    torch.save({"layer.weight": torch.ones(2), "layer.bias": torch.ones(2)}, path)
+    with pytest.raises(WeightsError, match=r"none of its 2 names .* MITNet, DCMPNet, DepthNet; .* layer\.weight"):
+        load_weights(path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(CheckpointError, match=r"foreign: .*epoch"):
+        load_weights(path)
+    torch.save([torch.ones(2)], path)
+    with pytest.raises(WeightsError, match="expected a state dict, got list"):
+        load_weights(path)
+    torch.save(network("mitnet"), path)  # a pickled module runs code when it is read
+    with pytest.raises(WeightsError, match="neither safetensors nor a checkpoint that can be read safely"):
+        load_weights(path)
+    for content in (b"", b"text", bytes(range(200))):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match="neither safetensors nor a checkpoint"):
+            load_weights(path)
+    for function in (load_weights, read_card):
+        with pytest.raises(FileNotFoundError, match="no such file of weights"):
+            function(tmp_path / "missing")
+
+
+def test_cards_and_models_that_cannot_be_written_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(TypeError, match="model: got Linear, allowed are MITNet, DCMPNet, DepthNet"):
+        save_weights(path, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="card: the fields system, versions are taken from the model"):
+        save_weights(path, network("mitnet"), {"system": "x", "versions": {}})
+    for value in (torch.ones(1), float("nan"), {1, 2}):
+        with pytest.raises(TypeError, match="card: not JSON"):
+            save_weights(path, network("mitnet"), {"value": value})
+    assert not path.exists()
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_weights(tmp_path / "w.safetensors", network("mitnet"), {"demo": False})
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(path, network("mitnet"), {"demo": True})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
