@@ -23,6 +23,7 @@ side to the hazy image's 620×460. Nothing is ever resized.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,8 +68,8 @@ class Layout:
         name: what ``layout=`` accepts.
         title: the published sets that lie so.
         example: a pair's names.
-        pattern: what a hazy image's stem must look like.
-        truth: the clear image's stem, expanded from the pattern's match.
+        pattern: what a hazy image's stem must look like; its group "id" begins the clear image's stem.
+        ending: what follows the id in the clear image's stem.
         splits: for each variant, the folder of each split below the root.
         hazy: names of the folder of hazy images; "" for the split's own folder, shared with the clear ones.
         clear: names of the folder of clear images.
@@ -80,7 +81,7 @@ class Layout:
     title: str
     example: str
     pattern: re.Pattern[str]
-    truth: str = r"\g<id>"
+    ending: str = ""
     splits: tuple[Mapping[str, str], ...] = (NO_SPLITS,)
     hazy: tuple[str, ...] = HAZY_FOLDERS
     clear: tuple[str, ...] = CLEAR_FOLDERS
@@ -145,7 +146,7 @@ LAYOUTS = {
             "Dense-Haze or NH-HAZE",
             "01_hazy.png → 01_GT.png",
             re.compile(r"(?P<id>\d+)_hazy"),
-            truth=r"\g<id>_GT",
+            ending="_GT",
             numbers={"train": range(1, 51), "test": range(51, 56)},
             **ONE_FOLDER_TOO,
         ),
@@ -154,7 +155,7 @@ LAYOUTS = {
             "O-HAZE",
             "01_outdoor_hazy.jpg → 01_outdoor_GT.jpg",
             re.compile(r"(?P<id>\d+_outdoor)_hazy"),
-            truth=r"\g<id>_GT",
+            ending="_GT",
             **ONE_FOLDER_TOO,
         ),
         Layout(
@@ -162,7 +163,7 @@ LAYOUTS = {
             "I-HAZE",
             "01_indoor_hazy.jpg → 01_indoor_GT.jpg",
             re.compile(r"(?P<id>\d+_indoor)_hazy"),
-            truth=r"\g<id>_GT",
+            ending="_GT",
             **ONE_FOLDER_TOO,
         ),
     )
@@ -420,16 +421,16 @@ class _Tree:
         if folder not in self._listed:
             folders, images, others = [], [], []
             try:
-                entries = sorted((self.root / folder).iterdir())
+                with os.scandir(self.root / folder) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            continue  # ._1.png and .DS_Store, as macOS leaves them
+                        is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+                        (folders if entry.is_dir() else images if is_image else others).append(entry.name)
             except OSError as error:
                 raise DataError(f"{self.root / folder}: cannot be listed: {error}") from error
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue  # ._1.png and .DS_Store, as macOS leaves them
-                if entry.is_dir():
-                    folders.append(entry.name)
-                else:
-                    (images if entry.suffix.lower() in EXTENSIONS else others).append(entry.name)
+            for names in (folders, images, others):
+                names.sort()
             self._listed[folder] = folders, images, others
         return self._listed[folder]
 
@@ -491,7 +492,7 @@ def _pair_images(tree: _Tree, layout: Layout, split: str, hazy_folder: str, clea
         if match is None:
             problems.append(Problem("unknown name", f"{path}: {layout.title} has names like {layout.example}"))
             continue
-        stem = match.expand(layout.truth)
+        stem = match["id"] + layout.ending
         found = truths.get(stem, [])
         used.update(found)
         if name in found:
