@@ -464,7 +464,11 @@ def _candidates(tree: _Tree, layout: Layout) -> Iterator[Recognised]:
                 if layout.numbers and folders:
                     folders = dict.fromkeys(layout.numbers, folders[ALL])
                 splits = {split: _pair_images(tree, layout, split, *pair) for split, pair in folders.items()}
-                splits = {split: content for split, content in splits.items() if content.hazy or content.clear}
+                splits = {
+                    split: content
+                    for split, content in splits.items()
+                    if content.hazy or content.clear or content.problems
+                }
                 if splits:
                     yield Recognised(tree.root, layout, splits)
 

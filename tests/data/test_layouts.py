@@ -108,8 +108,8 @@ class TestSplits:
             recognise(tmp_path).split("valid")
 
     def test_numbers_outside_both(self, tmp_path: Path) -> None:
-        put(tmp_path, "01_hazy.png", "01_GT.png", "56_hazy.png", "56_GT.png")
-        assert pairs(tmp_path) == [("01_hazy.png", "01_GT.png")]
+        put(tmp_path, "51_hazy.png", "51_GT.png", "56_hazy.png", "56_GT.png")
+        assert pairs(tmp_path) == [("51_hazy.png", "51_GT.png")]
         assert [(p.kind, p.message) for p in check(tmp_path).problems] == [
             ("in no split", "56_hazy.png: numbers are 1 to 50 for train, 51 to 55 for test")
         ]
