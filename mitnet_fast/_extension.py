@@ -11,7 +11,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         from . import _C
     except ImportError as error:
-        if error.name == "mitnet_fast._C" or "_C" in str(error) and "cannot import name" in str(error):
+        if "cannot import name" in str(error):
             return None, "the extension is not built (MITNET_FAST_BUILD=none, or no C++ compiler at installation)"
         return None, f"the extension is built but does not load: {error}"
     return _C, None

@@ -101,6 +101,8 @@ _forced: dict[str, str] = _from_environment()
 def use_backend(backend: str | None = None, **families: str) -> Iterator[None]:
     """Force a backend for all families, or one per family, while the context is open.
 
+    It holds for the whole process, in which autograd runs backward passes on threads of its own.
+
     Args:
         backend: "reference", "cpp" or "triton" for every family; None to name families only.
         **families: ``dynamic_filter=…``, ``amplitude_phase=…``, ``window_attention=…``.
@@ -143,6 +145,8 @@ def why_not(kernels: Kernels, backend: str, device_type: str, dtype: torch.dtype
             return [f"{backend} has no kernels of the {kernels.family} family"]
         return [f"{backend} has no kernels of the {kernels.family} family for {device_type} tensors"]
     reasons = list(UNAVAILABLE.get((backend, device_type), ()))
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func transforms reach through plain PyTorch only")
     if dtype not in dtypes:
         allowed = ", ".join(sorted(str(entry).removeprefix("torch.") for entry in dtypes))
         name = str(dtype).removeprefix("torch.")

@@ -157,16 +157,14 @@ def _backward(grad, x, filters, residual, needs, backend):
     return tuple(or_empty(gradient, x) for gradient in grads)
 
 
-def _setup(context, inputs, output):
-    x, filters, context.residual, context.backend = inputs
-    context.save_for_backward(x, filters)
+def _setup(ctx, inputs, output):
+    x, filters, ctx.residual, ctx.backend = inputs
+    ctx.save_for_backward(x, filters)
 
 
-def _gradients(context, grad):
-    needs = context.needs_input_grad[:2]
-    grads = torch.ops.mitnet_fast.dynamic_filter_backward(
-        grad, *context.saved_tensors, context.residual, needs, context.backend
-    )
+def _gradients(ctx, grad):
+    needs = ctx.needs_input_grad[:2]
+    grads = torch.ops.mitnet_fast.dynamic_filter_backward(grad, *ctx.saved_tensors, ctx.residual, needs, ctx.backend)
     return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None, None
 
 
@@ -195,15 +193,15 @@ def _predicted_backward(grad, x, features, weight, bias, residual, needs, backen
     return tuple(or_empty(gradient, x) for gradient in grads)
 
 
-def _predicted_setup(context, inputs, output):
-    x, features, weight, bias, context.residual, context.backend = inputs
-    context.save_for_backward(x, features, weight, bias)
+def _predicted_setup(ctx, inputs, output):
+    x, features, weight, bias, ctx.residual, ctx.backend = inputs
+    ctx.save_for_backward(x, features, weight, bias)
 
 
-def _predicted_gradients(context, grad):
-    needs = context.needs_input_grad[:4]
+def _predicted_gradients(ctx, grad):
+    needs = ctx.needs_input_grad[:4]
     grads = torch.ops.mitnet_fast.predicted_dynamic_filter_backward(
-        grad, *context.saved_tensors, context.residual, needs, context.backend
+        grad, *ctx.saved_tensors, ctx.residual, needs, ctx.backend
     )
     return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None, None
 

@@ -26,7 +26,7 @@ def differentiate(name: str, setup_context: Callable, backward: Callable) -> Non
     """Register the gradient of ``name`` and a clear error for the gradient of its backward."""
     torch.library.register_autograd(f"mitnet_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
-    def no_second_derivative(context, *gradients):
+    def no_second_derivative(ctx, *gradients):
         raise RuntimeError(f"mitnet_fast::{name} has no second derivative; use backend='reference' for double backward")
 
     torch.library.register_autograd(f"mitnet_fast::{name}_backward", no_second_derivative, lib=LIBRARY)

@@ -1,0 +1,290 @@
+"""The command line: ``mitnet-fast …``. Each command checks its words, calls the library, prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import __version__
+
+app = typer.Typer(
+    name="mitnet-fast",
+    help="Image dehazing with MITNet and DCMPNet: train, restore, evaluate, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at data sets on disk.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+console = Console()
+
+Weights = Annotated[
+    Path, typer.Option("--weights", "-w", help="Weights: .safetensors, a run's checkpoint, or a published .pt / .pth.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Half = Annotated[bool, typer.Option("--half", help="Compute in bfloat16 where autocast allows it.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False) -> None:
+    if version:
+        console.print(f"mitnet-fast {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine can do, and why not more."""
+    from .doctor import report
+
+    report(console)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures, weights and tables.")] = Path(
+        "demo"
+    ),
+    system: Annotated[str, typer.Option(help="mitnet or dcmpnet.")] = "mitnet",
+    seed: Annotated[int, typer.Option(help="Of weights, crops and haze.")] = 0,
+) -> None:
+    """Train a small network on real photographs for some minutes and show what it learned."""
+    from .demo import run_demo
+
+    run_demo(output, system=system, seed=seed, console=console)
+
+
+@app.command()
+def train(
+    preset: Annotated[
+        str | None,
+        typer.Argument(help="A preset (mitnet-its, dcmpnet-its, …) or a YAML file; none to resume as it was."),
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", "-r", help="Folder of the run [runs/PRESET].")] = None,
+    data: Annotated[Path | None, typer.Option("--data", "-d", help="Training set, the same as -s data.root=…")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-s", help="section.field=value, as often as needed.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
+) -> None:
+    """Train MITNet or DCMPNet."""
+    from rich.syntax import Syntax
+
+    from .training import PRESETS, load_config, to_yaml
+    from .training import train as run_training
+
+    if preset is None and not resume:
+        raise typer.BadParameter(
+            f"expected a preset or a YAML file; presets are {', '.join(PRESETS)}", param_hint="PRESET"
+        )
+    if preset is None and run is None:
+        raise typer.BadParameter("--resume without a preset needs the run's folder", param_hint="--run")
+    overrides = [*([f"data.root={data}"] if data else []), *(override or [])]
+    if preset is None and overrides:
+        raise typer.BadParameter("overrides need the preset or YAML file they change", param_hint="PRESET")
+    config = load_config(preset, overrides) if preset else None
+    if show:
+        console.print(Syntax(to_yaml(config), "yaml", background_color="default"))
+        return
+    folder = run or Path("runs") / Path(preset).stem
+    result = run_training(config, folder, resume=resume, overwrite=overwrite, max_steps=max_steps, console=console)
+    if not result.finished and max_steps is None:
+        raise typer.Exit(130)
+
+
+@app.command()
+def dehaze(
+    inputs: Annotated[list[Path], typer.Argument(help="Images and folders of images.")],
+    weights: Weights,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the restored images.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist in the folder.")] = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Take images from folders within folders too.")
+    ] = False,
+    suffix: Annotated[str, typer.Option(help="Added to the name of every result.")] = "",
+    extension: Annotated[str | None, typer.Option(help="Format of the results, such as .png; as the input's.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=64, help="Side of the tiles, pixels; whole images by default.")
+    ] = None,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")] = 64,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With --tile: restore whole images too and report the deviation.")
+    ] = False,
+    self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
+    device: Device = "auto",
+    half: Half = False,
+) -> None:
+    """Restore hazy images of any size; one that fails does not stop the others."""
+    import torch
+
+    from .inference import dehaze_files
+    from .weights import load_weights
+
+    model, card = load_weights(weights, _device(device))
+    _describe(card)
+    with _progress("dehazing") as advance:
+        summary = dehaze_files(
+            model,
+            inputs,
+            output,
+            dtype=torch.bfloat16 if half else torch.float32,
+            overwrite=overwrite,
+            recursive=recursive,
+            suffix=suffix,
+            extension=extension,
+            tile=tile,
+            overlap=overlap,
+            compare=compare,
+            self_ensemble=self_ensemble,
+            progress=advance,
+        )
+    console.print(summary)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A data set in any known layout.")],
+    weights: Weights,
+    split: Annotated[str, typer.Option(help="Split to score: test, train, or all.")] = "test",
+    layout: Annotated[str | None, typer.Option(help="Layout, when it is not recognised.")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="Named protocols; all by default.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the scores of each image here.")] = None,
+    device: Device = "auto",
+    half: Half = False,
+) -> None:
+    """Score restored images against the truth, by the published protocols side by side."""
+    import torch
+
+    from .data import PairedImages
+    from .evaluation import PROTOCOLS
+    from .evaluation import evaluate as run_evaluation
+    from .weights import load_weights
+
+    dataset = PairedImages(folder, None if split == "all" else split, layout=layout)
+    model, card = load_weights(weights, _device(device))
+    _describe(card)
+    with _progress("evaluating") as advance:
+        evaluation = run_evaluation(
+            model,
+            dataset,
+            protocols=protocol or tuple(PROTOCOLS),
+            dtype=torch.bfloat16 if half else torch.float32,
+            csv_path=csv,
+            progress=advance,
+        )
+    console.print(evaluation.render())
+    for failure in evaluation.failures:
+        console.print(f"[red]{failure.name}[/]: {failure.error}", highlight=False)
+    if csv:
+        console.print(f"scores of each image: {csv}")
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+@data_app.command("check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(help="The data set's folder.")],
+    layout: Annotated[str | None, typer.Option(help="Layout, when it is not recognised.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, not only its header.")] = False,
+) -> None:
+    """Name the layout, count pairs, report what is missing, unreadable or does not fit."""
+    from .data import check
+
+    report = check(folder, layout, decode=decode)
+    console.print(report)
+    if not report.usable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    family: Annotated[str | None, typer.Option(help="One kernel family.")] = None,
+    backend: Annotated[str | None, typer.Option(help="One backend.")] = None,
+    random_cases: Annotated[int, typer.Option("--random", min=0, help="Random cases on top of the fixed ones.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write every check here.")] = None,
+) -> None:
+    """Check every kernel that can run here against float64."""
+    from .verify import verify as run_verification
+
+    with _progress("verifying") as advance:
+        verification = run_verification(family, backend, random_cases=random_cases, progress=advance)
+    console.print(verification.render())
+    for name, reason in verification.not_run.items():
+        console.print(f"not run: {name}: {reason}", highlight=False)
+    for check in verification.failures[:20]:
+        what = check.problem or f"{check.tensor}: error {check.error:.2e}, allowed {check.allowed:.2e}"
+        console.print(f"[red]failed[/] {check.operator} on {check.backend}, {check.case}: {what}", highlight=False)
+    if json:
+        verification.write_json(json)
+        console.print(f"every check: {json}")
+    if not verification.checks:
+        console.print("[yellow]nothing could run here[/]")
+    if not verification.passed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; what a user did wrong is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, but PyTorch sees no GPU; `mitnet-fast doctor` says more")
+    try:
+        return str(torch.device(name))
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda and cuda:N") from None
+
+
+def _describe(card: dict[str, object]) -> None:
+    """Say what the weights are; those of the demo must never pass for trained ones."""
+    known = [f"{name} {card[name]}" for name in ("system", "width", "data") if card.get(name) is not None]
+    console.print("weights: " + (", ".join(known) or "no card"), highlight=False)
+    if card.get("demo"):
+        console.print(
+            "[yellow]these are demo weights: trained for minutes on a handful of photographs, to show that it works[/]"
+        )
+
+
+class _progress:
+    """A progress bar as a context whose value is the callback ``(done, all)``."""
+
+    def __init__(self, what: str) -> None:
+        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=console, transient=True)
+
+    def __enter__(self):
+        self.progress.start()
+        task = self.progress.add_task("", total=None)
+        return lambda done, total, *_: self.progress.update(task, completed=done, total=total)
+
+    def __exit__(self, *exception) -> None:
+        self.progress.stop()

@@ -1,0 +1,194 @@
+"""Every operator × backend × dtype × layout × shape that can run here, against float64.
+
+Inputs, truth and tolerance come from :mod:`mitnet_fast.specs`. Memory that a kernel is given to
+write to is poisoned with NaN first, so an element that nobody wrote is an error and never luck.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .ops import BACKENDS, _dynamic_filter
+from .ops._backends import FAMILIES, Kernels, why_not
+from .specs import SPECS, Case, OpSpec, compare
+
+KERNELS: dict[str, Kernels] = {"dynamic_filter": _dynamic_filter.KERNELS}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor of one call.
+
+    Attributes:
+        operator: the public function.
+        backend: what ran it.
+        device: type of the device.
+        case: the call, written out.
+        dtype: of the call.
+        tensor: ``y`` or ``grad_<argument>``.
+        error: relative L2 distance to float64.
+        ratio: error relative to that of plain PyTorch in the same dtype.
+        allowed: the error that the tolerance rule allows.
+        passed: whether the error is within it.
+        problem: what was raised instead of a result, or None.
+    """
+
+    operator: str
+    backend: str
+    device: str
+    case: str
+    dtype: str
+    tensor: str
+    error: float
+    ratio: float
+    allowed: float
+    passed: bool
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one run, and what could not run with the reasons."""
+
+    checks: tuple[Check, ...]
+    not_run: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether anything was checked and nothing failed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def render(self) -> Table:
+        """One row for each operator, backend and dtype: the worst error, its share of what is allowed, and
+        the median ratio to the error of plain PyTorch."""
+        table = Table("operator", "backend", "dtype", "calls", "error", "of allowed", "vs eager", "")
+        for column in table.columns[3:7]:
+            column.justify = "right"
+        groups: dict[tuple[str, str, str, str], list[Check]] = {}
+        for check in self.checks:
+            groups.setdefault((check.operator, check.backend, check.device, check.dtype), []).append(check)
+        for (operator, backend, device, dtype), checks in groups.items():
+            failed = sum(not check.passed for check in checks)
+            finite = [check.ratio for check in checks if check.ratio < float("inf")]
+            share = max(check.error / check.allowed if check.allowed else float(check.error > 0) for check in checks)
+            table.add_row(
+                operator,
+                f"{backend} ({device})",
+                dtype,
+                str(len({check.case for check in checks})),
+                f"{max(check.error for check in checks):.1e}",
+                f"{share:.0%}",
+                f"{statistics.median(finite):.2f}" if finite else "–",
+                f"[red]{failed} failed[/]" if failed else "[green]✓[/]",
+            )
+        return table
+
+    def write_json(self, path: str | Path) -> None:
+        """Write every check and the reasons for what did not run."""
+        content = {"passed": self.passed, "not_run": self.not_run, "checks": [asdict(check) for check in self.checks]}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def verify(
+    family: str | None = None,
+    backend: str | None = None,
+    *,
+    random_cases: int = 0,
+    devices: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Check every operator on every backend that can run here.
+
+    Args:
+        family: one kernel family; None for all.
+        backend: one backend; None for all compiled ones.
+        random_cases: cases of the seeded random sweep, on top of the fixed ones.
+        devices: device types; None for the CPU and, where there is one, the GPU.
+        progress: called with the number of calls done and of all.
+
+    Raises:
+        ValueError: no such family or backend.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family: got {family!r}, allowed are {', '.join(FAMILIES)}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(BACKENDS)}")
+    devices = devices or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    not_run: dict[str, str] = {}
+    calls = list(_calls(family, backend, devices, random_cases, not_run))
+    checks: list[Check] = []
+    with poisoned_memory():
+        for index, (spec, case, name, device) in enumerate(calls):
+            checks += check_call(spec, case, name, device)
+            if progress:
+                progress(index + 1, len(calls))
+    return Verification(tuple(checks), not_run)
+
+
+def check_call(spec: OpSpec, case: Case, backend: str, device: str) -> list[Check]:
+    """All tensors of one call; a call that raises is one failed check."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    names = spec.name, backend, device, str(case), dtype
+    try:
+        comparisons = compare(spec, case, backend, device)
+    except Exception as error:  # a kernel that raises has failed; the others are still checked
+        problem = f"{type(error).__name__}: {error}"
+        return [Check(*names, "y", float("inf"), float("inf"), 0.0, False, problem)]
+    return [Check(*names, c.tensor, c.error, c.ratio, c.allowed, c.passed) for c in comparisons]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN while the context is open."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _calls(
+    family: str | None, backend: str | None, devices: Sequence[str], random_cases: int, not_run: dict[str, str]
+) -> Iterator[tuple[OpSpec, Case, str, str]]:
+    compiled = [name for name in BACKENDS if name != "reference"]
+    for spec in SPECS:
+        if family is not None and spec.family != family:
+            continue
+        kernels = KERNELS[spec.family]
+        for name in [backend] if backend else compiled:
+            for device in devices:
+                dtypes = sorted(_dtypes(kernels, name, device), key=str)
+                runnable = [dtype for dtype in dtypes if not why_not(kernels, name, device, dtype)]
+                if not runnable:
+                    reasons = why_not(kernels, name, device, dtypes[0] if dtypes else torch.float32)
+                    not_run[f"{spec.name} on {name}, {device}"] = "; ".join(reasons)
+                    continue
+                for case in spec.cases:
+                    for variant in spec.dtypes_and_layouts(case, runnable):
+                        yield spec, variant, name, device
+                for seed in range(random_cases):
+                    yield spec, spec.random_case(seed, runnable), name, device
+
+
+def _dtypes(kernels: Kernels, backend: str, device: str) -> frozenset[torch.dtype]:
+    if backend == "reference":
+        return frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+    return kernels.dtypes.get((backend, device), frozenset())
