@@ -4,7 +4,9 @@
 #   make demo        train a small network on real photographs and look at the result
 #   make test        the tests that decide (≤ 15 minutes on 2 cores)
 #   make test-all    every test
+#   make verify      every kernel that can run here against float64
 #   make lint        formatting and static checks
+#   make gpu-report OUT=folder   on a machine with a GPU: tests, checks, speed, memory checker
 
 PYTHON_FOR_VENV ?= python3
 # a GPU's users may want another build, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -23,7 +25,7 @@ endif
 
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all lint clean $(if $(PYTHON),$(INSTALLED))
+.PHONY: demo test test-all verify lint gpu-report clean $(if $(PYTHON),$(INSTALLED))
 
 demo: $(INSTALLED)
 	$(PY) -m mitnet_fast demo $(DEMO_ARGS)
@@ -38,6 +40,12 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	git ls-files -z -- '*.cpp' '*.cu' '*.h' '*.cuh' | xargs -0 $(CLANG_FORMAT) --dry-run --Werror
+
+verify: $(INSTALLED)
+	$(PY) -m mitnet_fast verify $(VERIFY_ARGS)
+
+gpu-report: $(INSTALLED)
+	$(PY) -m benchmarks.gpu_report $(or $(OUT),gpu-report) $(REPORT_ARGS)
 
 CLANG_FORMAT ?= $(dir $(PY))clang-format
 

@@ -1,0 +1,138 @@
+"""How time and memory are measured, and what every result says about where it comes from.
+
+Time: implementations of one call take turns, so that a machine whose load changes slows all of them
+alike; every turn uses the next of several copies of the inputs, so that none finds its own in the
+cache. What is reported is the median with the 20th and 80th percentile.
+
+Memory: the highest resident size during one call in a process of its own (CPU) or the allocator's
+peak (GPU), above what was there before and without the results that the caller keeps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[int], object]], device: str, *, seconds: float = 2.0, least: int = 5
+) -> dict[str, Timing]:
+    """Time several implementations of the same work, one call of each in turn.
+
+    Args:
+        calls: by name; each is given the number of the turn, to choose its copy of the inputs.
+        device: "cpu" or "cuda"; on the latter each call is timed by events.
+        seconds: roughly how long each implementation runs in all.
+        least: turns at the least.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():  # warm-up: compilation, caches, thread pools
+        for turn in range(2):
+            durations[name] = [_time(call, turn, device)]
+    slowest = max(values[0] for values in durations.values())
+    turns = max(least, min(200, int(seconds / max(slowest, 1e-6))))
+    durations = {name: [] for name in calls}
+    for turn in range(turns):
+        for name, call in calls.items():
+            durations[name].append(_time(call, turn, device))
+    return {name: _summary(values) for name, values in durations.items()}
+
+
+def _time(call: Callable[[int], object], turn: int, device: str) -> float:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call(turn)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begun = time.perf_counter()
+    call(turn)
+    return time.perf_counter() - begun
+
+
+def _summary(values: Sequence[float]) -> Timing:
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), cuts[0], cuts[-1], len(values))
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Bytes that one call needs at its peak above what is there before, its results included.
+
+    On the CPU call this once per process: memory that an earlier call gave back may still be resident.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if platform.system() != "Linux":
+        raise OSError("peak memory on the CPU is read from /proc, which only Linux has")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from now
+    before = _status("VmRSS")
+    results = call()
+    peak = _status("VmHWM")
+    del results
+    return peak - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def environment(device: str) -> dict[str, str]:
+    """Device, versions and commit, which every row of a result carries."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()) if device == "cpu" else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else ""

@@ -1,0 +1,289 @@
+"""Speed and memory of the operators against plain PyTorch and ``torch.compile`` of it.
+
+    python -m benchmarks.ops [--family dynamic_filter] [--seconds 2] [--compile] [--output benchmarks/results/NAME]
+
+Every implementation of a case is checked against float64 first: what fails has no speed. Baselines
+run in the same turns as the kernels. Writes NAME.csv and NAME.json, one row per case,
+implementation and direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from mitnet_fast.ops._backends import FAMILIES, why_not
+from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, outputs_and_gradients, relative_error
+from mitnet_fast.verify import KERNELS
+
+from .measure import environment, peak_memory, take_turns
+
+COPIES = 3  # of the inputs, which the turns rotate through
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured implementation of one call."""
+
+    operator: str
+    case: str
+    dtype: str
+    layout: str
+    implementation: str
+    direction: str
+    correct: bool
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    runs: int
+    speedup_over_eager: float | None
+    gigabytes_per_second: float | None
+    gigaflops: float | None
+    extra_memory_mb: float | None
+    device: str
+    threads: str
+    precision: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
+
+
+def shifted_slices(x, features, weight, bias, *, residual):
+    """The predicted filter as K² shifted slices, another plain form that compiles well."""
+    filters = F.conv2d(features, weight[:, :, None, None])
+    if bias is not None:
+        filters = filters + bias[..., None, None]
+    channels, height, width = x.shape[1:]
+    taps = filters.shape[1] // channels
+    size = int(taps**0.5)
+    filters = filters.unflatten(1, (channels, taps))
+    padded = F.pad(x, [size // 2] * 4)
+    y = x if residual else torch.zeros_like(x)
+    for tap in range(taps):
+        row, column = divmod(tap, size)
+        y = y + filters[:, :, tap] * padded[:, :, row : row + height, column : column + width]
+    return y
+
+
+def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name to a function of the tensor arguments, eager first."""
+
+    def on(backend: str) -> Callable[..., torch.Tensor]:
+        return lambda **tensors: spec.run(case, tensors, backend)
+
+    found = {"eager": on("reference")}
+    if compiled:
+        torch._dynamo.reset()
+        found["compile"] = torch.compile(on("reference"), fullgraph=True)
+        if spec.name == "predicted_dynamic_filter":
+            plain = lambda **tensors: shifted_slices(**tensors, **case.options)  # noqa: E731
+            found["compile, shifted slices"] = torch.compile(plain, fullgraph=True)
+    for backend in ("cpp", "triton"):
+        if not (backend == "triton" and device == "cpu") and not why_not(
+            KERNELS[spec.family], backend, device, case.dtype
+        ):
+            found[backend] = on(backend)
+    return found
+
+
+def step(function: Callable[..., torch.Tensor], tensors, gradient, backward: bool) -> list[torch.Tensor]:
+    """One forward, or forward and backward; returns what the caller keeps."""
+    y = function(**tensors)
+    if not backward:
+        return [y]
+    leaves = [tensor for tensor in tensors.values() if tensor is not None]
+    return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
+
+
+def is_correct(spec: OpSpec, case: Case, function, tensors, gradient) -> bool:
+    """Whether result and gradients are within the tolerance rule."""
+    double = {name: t if t is None else t.detach().double() for name, t in tensors.items()}
+    truth = outputs_and_gradients(spec, case, double, gradient.double(), "reference")
+    absolute = {name: t if t is None else t.abs() for name, t in double.items()}
+    absolute = outputs_and_gradients(spec, case, absolute, gradient.double().abs(), "reference")
+    eager = outputs_and_gradients(spec, case, tensors, gradient, "reference")
+    results = step(function, tensors, gradient, backward=True)
+    return all(
+        relative_error(result, truth[name])
+        <= allowed_error(case.dtype, relative_error(eager[name], truth[name]), truth[name], absolute[name])
+        for name, result in zip(truth, results, strict=True)
+    )
+
+
+def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: bool) -> list[Row]:
+    """All implementations of one case, forward and forward + backward."""
+    copies = []
+    for copy in range(COPIES):
+        tensors = spec.inputs(replace(case, seed=copy), device)
+        copies.append({name: t if t is None else t.requires_grad_() for name, t in tensors.items()})
+    with torch.no_grad():
+        gradient = spec.gradient(case, spec.run(case, copies[0], "reference"))
+    functions = implementations(spec, case, device, compiled)
+    correct = {name: is_correct(spec, case, f, copies[0], gradient) for name, f in functions.items()}
+    rows = []
+    for backward in (False, True):
+        calls = {
+            name: lambda turn, f=function, b=backward: step(f, copies[turn % COPIES], gradient, b)
+            for name, function in functions.items()
+            if correct[name]
+        }
+        with torch.set_grad_enabled(backward):
+            timings = take_turns(calls, device, seconds=seconds)
+        moved = sum(spec.bytes_at_least(case)) if backward else spec.bytes_at_least(case)[0]
+        flops = sum(spec.flops(case)) if backward else spec.flops(case)[0]
+        for name in functions:
+            timing = timings.get(name)
+            rows.append(
+                Row(
+                    operator=spec.name,
+                    case=_shape(case),
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    layout=case.layout,
+                    implementation=name,
+                    direction="forward + backward" if backward else "forward",
+                    correct=correct[name],
+                    median_ms=timing and timing.median * 1e3,
+                    p20_ms=timing and timing.p20 * 1e3,
+                    p80_ms=timing and timing.p80 * 1e3,
+                    runs=timing.runs if timing else 0,
+                    speedup_over_eager=timing and timings["eager"].median / timing.median,
+                    gigabytes_per_second=timing and moved / timing.median / 1e9,
+                    gigaflops=timing and flops / timing.median / 1e9,
+                    extra_memory_mb=_memory_in_own_process(spec, case, name, device) if backward else None,
+                    precision=_precision(case, device),
+                    **environment(device),
+                )
+            )
+    return rows
+
+
+def _shape(case: Case) -> str:
+    """The case's map as [B, C, H, W], then its other sizes by name."""
+    sizes = dict(case.sizes)
+    shape = [sizes.pop(name) for name in ("batch", "channels", "height", "width")]
+    return " ".join([str(shape), *(f"{name}={value}" for name, value in sizes.items())])
+
+
+def _precision(case: Case, device: str) -> str:
+    if case.dtype != torch.float32 or device == "cpu":
+        return "IEEE"
+    return "TF32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "IEEE"
+
+
+def _memory_in_own_process(spec: OpSpec, case: Case, name: str, device: str) -> float | None:
+    """Megabytes above inputs and results; None for compiled baselines, whose compiler dominates."""
+    if name.startswith("compile"):
+        return None
+    sizes = json.dumps({"sizes": dict(case.sizes), "options": dict(case.options)})
+    words = ["--memory-of", spec.name, sizes, str(case.dtype), case.layout, name, device]
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ops", *words], capture_output=True, text=True, check=True
+    )
+    return float(answer.stdout.splitlines()[-1])
+
+
+def _memory(operator: str, sizes: str, dtype: str, layout: str, name: str, device: str) -> float:
+    spec = next(spec for spec in SPECS if spec.name == operator)
+    case = Case(**json.loads(sizes), dtype=getattr(torch, dtype.removeprefix("torch.")), layout=layout)
+    small = replace(case, sizes=case.sizes | {"height": 16, "width": 16})
+
+    def prepare(of: Case):
+        tensors = {n: t if t is None else t.requires_grad_() for n, t in spec.inputs(of, device).items()}
+        with torch.no_grad():
+            gradient = spec.gradient(of, torch.empty(spec.shapes(of)["x"], dtype=of.dtype, device=device))
+        function = implementations(spec, of, device, False)[name]
+        return lambda: step(function, tensors, gradient, backward=True)
+
+    prepare(small)()  # thread pools and libraries
+    call = prepare(case)
+    results = []
+    peak = peak_memory(lambda: results.extend(call()), device)
+    kept = sum(result.numel() * result.element_size() for result in results)
+    return max(0.0, (peak - kept) / 1e6)
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Print one table per case."""
+    for operator, case, dtype, layout in dict.fromkeys((r.operator, r.case, r.dtype, r.layout) for r in rows):
+        title = f"{operator}, {case}, {dtype} ({rows[0].precision}), {layout}"
+        table = Table("", "direction", "ms", "p20–p80", "× eager", "GB/s", "GFLOP/s", "extra MB", title=title)
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for row in rows:
+            if (row.operator, row.case, row.dtype, row.layout) != (operator, case, dtype, layout):
+                continue
+            if row.median_ms is None:
+                table.add_row(row.implementation, row.direction, "[red]fails its check[/]")
+                continue
+            table.add_row(
+                row.implementation,
+                row.direction.replace("backward", "back"),
+                f"{row.median_ms:.2f}",
+                f"{row.p20_ms:.2f}–{row.p80_ms:.2f}",
+                f"{row.speedup_over_eager:.2f}",
+                f"{row.gigabytes_per_second:.1f}",
+                f"{row.gigaflops:.0f}",
+                "" if row.extra_memory_mb is None else f"{row.extra_memory_mb:.1f}",
+            )
+        console.print(table)
+
+
+def write(rows: list[Row], stem: Path) -> None:
+    """Write ``stem``.csv and ``stem``.json with the same rows."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    entries = [asdict(row) for row in rows]
+    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, list(entries[0]))
+        writer.writeheader()
+        writer.writerows(entries)
+    stem.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, help="one kernel family; all by default")
+    parser.add_argument("--operator", choices=[spec.name for spec in SPECS], help="one operator; all by default")
+    parser.add_argument("--cases", type=int, default=None, help="only the first so many cases of each operator")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--layout", choices=("contiguous", "channels_last"), default="contiguous")
+    parser.add_argument("--batch", type=int, help="batch size; the cases' own by default")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per implementation and direction")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the plain forms as baselines too")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
+    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(_memory(*options.memory_of))
+        return
+    console = Console()
+    rows: list[Row] = []
+    for spec in SPECS:
+        if options.family not in (None, spec.family) or options.operator not in (None, spec.name):
+            continue
+        for case in spec.benchmark_cases[: options.cases]:
+            case = replace(case, dtype=getattr(torch, options.dtype), layout=options.layout)
+            if options.batch:
+                case = replace(case, sizes=case.sizes | {"batch": options.batch})
+            with console.status(f"{spec.name} {case}"):
+                rows += benchmark(spec, case, options.device, options.seconds, options.compile)
+    show(rows, console)
+    if options.output:
+        write(rows, options.output)
+        console.print(f"written: {options.output}.csv, {options.output}.json")
+
+
+if __name__ == "__main__":
+    main()
