@@ -269,7 +269,7 @@ class DCMPNet(nn.Module):
 
     @torch.no_grad()
     def restore(self, image: torch.Tensor, depth_prior: torch.Tensor | None = None) -> torch.Tensor:
-        """Restore an image of any size, without gradients and with the statistics of training.
+        """Restore an image of any size, without gradients and in evaluation mode.
 
         A side below ``smallest_side`` is continued by reflection at the right and bottom (repeatedly
         where it is too small for one reflection) and cropped afterwards.

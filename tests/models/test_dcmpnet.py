@@ -197,7 +197,7 @@ def test_smaller_networks_keep_their_official_names():
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (16, 16), (17, 31), (27, 29), (28, 28), (61, 75)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 11), (1, 40), (16, 16), (17, 31), (27, 29), (28, 28), (61, 75)])
 def test_restore_is_forward_on_the_reflected_image(size):
     network = small()
     image = golden.tensor("image", (2, 3, *size), dtype=torch.float32)
