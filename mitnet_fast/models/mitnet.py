@@ -25,6 +25,7 @@ from ..modules.supervised_attention import SupervisedAttention
 from ..modules.triple_interaction import TripleInteraction
 from ..ops import amplitude_and_phase, recombine
 from ..ops._checks import autocast_dtype
+from ._restoration import reflect_to
 from .official import MITNET_NAMES, load_official, read_official, to_official
 
 
@@ -257,7 +258,8 @@ class MITNet(nn.Module):
         """
         self._check_image(image)
         height, width = image.shape[2:]
-        image = reflect_to_multiple(image, self.size_multiple)
+        multiple = self.size_multiple
+        image = reflect_to(image, *(-(-side // multiple) * multiple for side in (height, width)))
         stage1, x, encoded, decoded = self._stage1(image)
         x = self._enter_stage2(image, stage1, x)
         x, phase_features = self._encode_phase(x, encoded, decoded)
@@ -319,24 +321,3 @@ class MITNet(nn.Module):
         dtype = self.to_image.weight.dtype
         if image.dtype != dtype and autocast_dtype(image) is None:
             raise TypeError(f"image: expected {dtype}, the dtype of the weights, got {image.dtype}")
-
-
-def reflect_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Continue an image by reflection at the right and bottom until both sides are multiples.
-
-    Args:
-        image: [..., H, W], at least 1×1.
-        multiple: of the resulting sides.
-
-    Returns:
-        [..., ⌈H/multiple⌉·multiple, ⌈W/multiple⌉·multiple]. The border pixel is not repeated; where
-        the pad exceeds H − 1 or W − 1 the reflection goes on back and forth, and a side of one
-        pixel is repeated.
-    """
-    for axis in (-2, -1):
-        size = image.shape[axis]
-        padded = -(-size // multiple) * multiple
-        if padded > size:
-            position = torch.arange(padded, device=image.device) % max(2 * size - 2, 1)
-            image = image.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
-    return image

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mitnet_fast.models import MITNet, MITNetOutput, mitnet
-from mitnet_fast.models.mitnet import reflect_to_multiple
+from mitnet_fast.models._restoration import reflect_to
 from mitnet_fast.models.official import MITNET_NAMES, official_name
 from tests import golden
 from tests.models import mitnet_formula as formula
@@ -211,7 +211,7 @@ def test_configuration_survives_json():
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_reflection_goes_on_back_and_forth(length, multiple, expected, axis):
     image = torch.arange(float(length)).view(1, 1, 1, -1).expand(1, 2, multiple, length).transpose(-1, axis)
-    padded = reflect_to_multiple(image, multiple)
+    padded = reflect_to(image, multiple, multiple)
     assert padded.shape == (1, 2, multiple, multiple)
     assert torch.equal(padded.transpose(-1, axis)[0, 0, 0], torch.tensor(expected, dtype=torch.float32))
 
@@ -220,7 +220,7 @@ def test_reflection_goes_on_back_and_forth(length, multiple, expected, axis):
 def test_restore_takes_any_size(size):
     network = small(width=2, depth=4)
     image = golden.tensor("image", (2, 3, *size))
-    expected = network(reflect_to_multiple(image, 8)).restored[..., : size[0], : size[1]]
+    expected = network(reflect_to(image, *(-(-side // 8) * 8 for side in size))).restored[..., : size[0], : size[1]]
     restored = network.restore(image)
     assert restored.shape == image.shape
     assert golden.relative_error(restored, expected.detach()) < 1e-12
