@@ -10,14 +10,16 @@ peak (GPU), above what was there before and without the results that the caller 
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import gc
+import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -136,3 +138,14 @@ def _commit() -> str:
     root = Path(__file__).parent.parent
     answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def write_results(rows: Sequence[object], stem: Path) -> None:
+    """Write dataclass instances, one a row, as ``stem``.csv and ``stem``.json."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    entries = [asdict(row) for row in rows]
+    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, list(entries[0]))
+        writer.writeheader()
+        writer.writerows(entries)
+    stem.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n")

@@ -10,12 +10,11 @@ implementation and direction.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from mitnet_fast.ops._backends import FAMILIES, why_not
 from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, outputs_and_gradients, relative_error
 from mitnet_fast.verify import KERNELS
 
-from .measure import environment, peak_memory, take_turns
+from .measure import environment, peak_memory, take_turns, write_results
 
 COPIES = 3  # of the inputs, which the turns rotate through
 
@@ -240,17 +239,6 @@ def show(rows: list[Row], console: Console) -> None:
         console.print(table)
 
 
-def write(rows: list[Row], stem: Path) -> None:
-    """Write ``stem``.csv and ``stem``.json with the same rows."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    entries = [asdict(row) for row in rows]
-    with open(stem.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(entries[0]))
-        writer.writeheader()
-        writer.writerows(entries)
-    stem.with_suffix(".json").write_text(json.dumps(entries, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, help="one kernel family; all by default")
@@ -281,7 +269,7 @@ def main() -> None:
                 rows += benchmark(spec, case, options.device, options.seconds, options.compile)
     show(rows, console)
     if options.output:
-        write(rows, options.output)
+        write_results(rows, options.output)
         console.print(f"written: {options.output}.csv, {options.output}.json")
 
 
