@@ -61,22 +61,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}{_alternative(path)}") from error.__cause__
 
 
-def random_state() -> dict[str, Any]:
-    """The states of all global generators: PyTorch (CPU and GPUs), Python and NumPy."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of all global generators: PyTorch's for the CPU and for ``device``, Python's and NumPy's."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "python": random.getstate(),
         "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
     }
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Put back what :func:`random_state` returned."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]

@@ -134,6 +134,9 @@ class Run(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is a GPU")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
     channels_last: bool = Field(False, description="memory format of images and weights")
+    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
+        None, description="torch.compile backend for the dehazing network; null: not compiled"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights; null: none")
     weights: LocalPath | None = Field(None, description="file of weights to start from; null: random weights")
     max_nonfinite: int = Field(20, ge=1, description="skipped non-finite steps in a row that end the run")

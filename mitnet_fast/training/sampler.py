@@ -13,19 +13,25 @@ from torch.utils.data import Sampler
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of indices of one epoch, all of the same size.
+    """Batches of indices of one epoch, or a process's share of them, all of the same size.
 
     Args:
         samples: of the data set.
         batch: indices per batch; what is left of the last is dropped.
         seed: of the run.
         steps: batches per epoch; None: as many as there are.
+        rank: which share of every batch to give.
+        shares: number of equal shares that a batch is cut into, one per process.
 
     Raises:
-        ValueError: fewer samples than one epoch needs.
+        ValueError: fewer samples than one epoch needs, or a batch that cannot be cut so.
     """
 
-    def __init__(self, samples: int, batch: int, seed: int, steps: int | None = None) -> None:
+    def __init__(
+        self, samples: int, batch: int, seed: int, steps: int | None = None, *, rank: int = 0, shares: int = 1
+    ) -> None:
+        if batch % shares:
+            raise ValueError(f"data.batch: got {batch}, which {shares} processes cannot share equally")
         if samples < batch * (steps or 1):
             wanted = f"data.batch = {batch}" + ("" if steps is None else f" × run.steps_per_epoch = {steps}")
             raise ValueError(
@@ -36,6 +42,8 @@ class EpochBatches(Sampler[list[int]]):
         self.batch = batch
         self.seed = seed
         self.steps = steps or samples // batch
+        self.rank = rank
+        self.share = batch // shares
         self.epoch = 0
         self.start = 0
 
@@ -47,7 +55,8 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
         for step in range(self.start, self.steps):
-            yield order[step * self.batch : (step + 1) * self.batch].tolist()
+            start = step * self.batch + self.rank * self.share
+            yield order[start : start + self.share].tolist()
 
     def __len__(self) -> int:
         return self.steps - self.start

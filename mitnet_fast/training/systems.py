@@ -25,8 +25,10 @@ from ..losses.mitnet import MITNetLoss
 from ..models import DCMPNet, DepthNet, MITNet
 from ..weights import DepthSharingDCMPNet, load_weights
 from .config import ConfigError, Configuration, DCMPNetConfiguration, MITNetConfiguration, Schedule
+from .distributed import Processes
 
 Batch = Mapping[str, torch.Tensor]
+ALONE = Processes()
 
 
 class TrainingDiverged(RuntimeError):
@@ -40,9 +42,10 @@ class System(abc.ABC):
         config: of the run.
         device: where everything lives.
         modules: every module with state, by name, in the order in which checkpoints hold them.
-        deployed: the network that restores images and whose weights are saved; one of ``modules``
-            or made of them.
+        deployed: the network that restores images and whose weights are saved: ``modules["network"]``,
+            the dehazing network, or one that contains it.
         optimized: the names of the modules that each optimizer trains.
+        processes: that train together, each with its share of every batch.
 
     Attributes:
         batch_names: what a batch must hold.
@@ -59,14 +62,18 @@ class System(abc.ABC):
         modules: Mapping[str, nn.Module],
         deployed: nn.Module,
         optimized: Mapping[str, tuple[str, ...]],
+        processes: Processes,
     ) -> None:
         self.config = config
         self.device = device
+        self.processes = processes
         self.memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
         if config.run.weights is not None:
             _start_from(deployed, config)
         self.modules = nn.ModuleDict(modules).to(device, memory_format=self.memory_format).train()
         self.deployed = deployed
+        if config.run.compile is not None:
+            self.modules["network"].compile(backend=config.run.compile, dynamic=False)
         self.parameters = {
             name: [p for module in names for p in self.modules[module].parameters() if p.requires_grad]
             for name, names in optimized.items()
@@ -106,12 +113,14 @@ class System(abc.ABC):
         """Train on one batch.
 
         Args:
-            batch: see the module; cut into ``optimizer.accumulate`` equal parts, whose gradients are
-                averaged. Statistics of a batch norm, and ratios of means, are those of a part.
+            batch: this process's share, see the module; cut into ``optimizer.accumulate`` equal parts.
+                The gradients of all parts of all processes are averaged. Statistics of a batch norm,
+                and ratios of means, are those of a part.
 
         Returns:
-            Losses and terms, before weighting, averaged over the parts, and the norm of each
-            optimizer's gradients before clipping. Not finite when the step was skipped.
+            Losses and terms, before weighting, averaged like the gradients, and the norm of each
+            optimizer's gradients before clipping. Not finite when the step was skipped. The same in
+            every process.
 
         Raises:
             ValueError: something is missing in the batch, or it cannot be cut so.
@@ -123,6 +132,9 @@ class System(abc.ABC):
         for part in self._parts(batch, parts):
             for name, value in self.backward(part, 1 / parts).items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / parts
+        gradients = [p.grad for parameters in self.parameters.values() for p in parameters if p.grad is not None]
+        statistics = [buffer for buffer in self._statistics if buffer.is_floating_point()]
+        self.processes.average_([*gradients, *statistics, *sums.values()])
         for name, parameters in self.parameters.items():
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.config.optimizer.clip is not None:
@@ -149,7 +161,8 @@ class System(abc.ABC):
 
     def restore(self, image: torch.Tensor) -> torch.Tensor:
         """Restore hazy images [B, 3, H, W] in [0, 1] of any size with the weights to use; not clamped."""
-        return self.network.restore(image.to(self.device, memory_format=self.memory_format))
+        with torch.compiler.set_stance("force_eager"):  # what is compiled for patches is not compiled for every size
+            return self.network.restore(image.to(self.device, memory_format=self.memory_format))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, as tensors and plain data."""
@@ -224,7 +237,7 @@ class System(abc.ABC):
 class MITNetSystem(System):
     """MITNet with its loss; the mutual information regularisers learn along in scalable mode."""
 
-    def __init__(self, config: MITNetConfiguration, device: torch.device) -> None:
+    def __init__(self, config: MITNetConfiguration, device: torch.device, processes: Processes = ALONE) -> None:
         network = MITNet(
             width=config.network.width, depth=config.network.depth, decoder_spectral=config.network.decoder_spectral
         )
@@ -242,6 +255,7 @@ class MITNetSystem(System):
             modules={"network": network, "loss": self.loss},
             deployed=network,
             optimized={"restoration": ("network", "loss")},
+            processes=processes,
         )
 
     def backward(self, batch: Batch, scale: float) -> dict[str, torch.Tensor]:
@@ -266,7 +280,7 @@ class DCMPNetSystem(System):
             :func:`~mitnet_fast.losses.contrastive.load_vgg19`.
     """
 
-    def __init__(self, config: DCMPNetConfiguration, device: torch.device) -> None:
+    def __init__(self, config: DCMPNetConfiguration, device: torch.device, processes: Processes = ALONE) -> None:
         network = DCMPNet(**config.network.model_dump())
         if config.data.patch < network.smallest_side:
             raise ConfigError(f"data.patch: got {config.data.patch}, the network needs {network.smallest_side} or more")
@@ -285,7 +299,7 @@ class DCMPNetSystem(System):
             contrastive_weight=config.loss.contrastive_weight,
             vgg_weights=config.loss.vgg_weights,
         )
-        super().__init__(config, device, modules=modules, deployed=deployed, optimized=optimized)
+        super().__init__(config, device, modules=modules, deployed=deployed, optimized=optimized, processes=processes)
         self.dehazing_network = network
         self.depth_network = modules.get("depth")
 
@@ -304,9 +318,9 @@ class DCMPNetSystem(System):
         return terms
 
 
-def build_system(config: Configuration, device: torch.device) -> System:
+def build_system(config: Configuration, device: torch.device, processes: Processes = ALONE) -> System:
     """The system that a configuration describes, with new weights drawn from the global generator."""
-    return {"mitnet": MITNetSystem, "dcmpnet": DCMPNetSystem}[config.system](config, device)
+    return {"mitnet": MITNetSystem, "dcmpnet": DCMPNetSystem}[config.system](config, device, processes)
 
 
 def _start_from(network: nn.Module, config: Configuration) -> None:

@@ -42,6 +42,7 @@ from ..evaluation import PROTOCOLS, score
 from ..weights import save_weights, system_of, versions
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import ConfigError, Configuration, flatten, load_config, to_yaml
+from .distributed import Processes, join
 from .logs import Clock, CsvLog, Display, Means
 from .sampler import EpochBatches
 from .systems import TrainingDiverged, build_system
@@ -122,7 +123,8 @@ def train(
 
     Whatever can be wrong with configuration, data, depth maps or weights is found before the first
     step. Ctrl-C (or SIGTERM) finishes the step, writes ``last.pt`` and returns; a second one stops at
-    once, and then ``last.pt`` is the one before.
+    once, and then ``last.pt`` is the one before. Started by torchrun, all processes train together,
+    each with its share of every batch, and the first one writes the files.
 
     Args:
         config: of the run. With ``resume`` it may be None (as it was), and may differ from that of
@@ -134,7 +136,7 @@ def train(
             mappings with ``hazy`` and ``clear`` [3, H, W] in [0, 1], and ``depth`` [1, H, W] where
             the loss needs it; in training H = W = ``data.patch``. To resume exactly, an item may
             depend only on its index and what ``set_epoch(epoch)``, if there is one, was told.
-        max_steps: stop after so many steps in all, as Ctrl-C would.
+        max_steps: stop after so many steps in all, once they are done.
         card: further fields for the cards of the weights, see :func:`~mitnet_fast.weights.save_weights`.
         progress: show a progress bar.
         console: to show it on.
@@ -147,9 +149,10 @@ def train(
         TrainingDiverged: too many steps in a row were not finite.
         ValueError: the data do not fit; see :class:`~mitnet_fast.data.paired.PairedImages`.
     """
-    with _StopRequest() as stop:
-        trainer = _Trainer(config, Path(run_dir), resume, overwrite, datasets, card, stop)
-        return trainer.run(max_steps, progress, console or Console())
+    processes = join()
+    trainer = _Trainer(config, Path(run_dir), resume, overwrite, datasets, card, processes)
+    with _StopRequest(patient=processes.size > 1) as stop:
+        return trainer.run(stop, max_steps, progress and processes.first, console or Console())
 
 
 class _Trainer:
@@ -163,22 +166,36 @@ class _Trainer:
         overwrite: bool,
         datasets: tuple[Dataset, Dataset | None] | None,
         card: Mapping[str, Any] | None,
-        stop: _StopRequest,
+        processes: Processes,
     ) -> None:
         self.folder = folder
-        self.stop = stop
+        self.processes = processes
         checkpoint = _checkpoint_to_resume(folder, resume, overwrite)
         self.config = config = _resumed_config(config, checkpoint)
-        self.device = _device(config.run.device)
+        self.device = _device(config.run.device, processes)
         if config.validation.every and config.validation.protocol not in PROTOCOLS:
             raise ConfigError(
                 f"validation.protocol: got {config.validation.protocol!r}, allowed are {', '.join(PROTOCOLS)}"
             )
         self.train_set, self.validation_set = datasets or _open_datasets(config)
-        self.batches = EpochBatches(len(self.train_set), config.data.batch, config.run.seed, config.run.steps_per_epoch)
+        self.batches = EpochBatches(
+            len(self.train_set),
+            config.data.batch,
+            config.run.seed,
+            config.run.steps_per_epoch,
+            rank=processes.rank,
+            shares=processes.size,
+        )
+        if self.batches.share % config.optimizer.accumulate:
+            raise ConfigError(
+                f"optimizer.accumulate: got {config.optimizer.accumulate}, which does not divide the "
+                f"{self.batches.share} samples of a batch that each of {processes.size} processes takes"
+            )
 
         _seed_everything(config.run.seed)
-        self.system = build_system(config, self.device)
+        self.system = build_system(config, self.device, processes)
+        if not processes.first:
+            _seed_everything(config.run.seed + processes.rank)  # the same weights, but noise of its own
         self._check_data()
         self.epoch = self.step_in_epoch = self.step = 0
         self.scores: dict[str, float] | None = None
@@ -190,25 +207,38 @@ class _Trainer:
         self.validation_log = CsvLog(folder / "validation.csv")
         if checkpoint is not None:
             self._load(checkpoint)
-        self._prepare_folder(overwrite, resumed=checkpoint is not None)
+        if processes.sum([self.step])[0] != processes.size * self.step:  # waits until all have seen the folder
+            raise RunFolderError(
+                f"{folder}: processes found different states in it; it must be on a shared file system"
+            )
+        if processes.first:
+            self._prepare_folder(overwrite)
+        if checkpoint is None:
+            self._save()
+        else:
+            self._save_weights("last")  # a kill may have come between the state and its weights
 
-    def run(self, max_steps: int | None, progress: bool, console: Console) -> TrainingResult:
+    def run(self, stop: _StopRequest, max_steps: int | None, progress: bool, console: Console) -> TrainingResult:
         """Train until the end, ``max_steps`` or a stop."""
         config = self.config
+        self.stop = stop
+        self.stopping = False  # what all processes agreed on
         total = config.run.epochs * self.batches.steps
         self.display = Display(console, progress, steps=total, done=self.step, epochs=config.run.epochs)
         with self.display:
             while self.epoch < config.run.epochs and not self._to_stop(max_steps):
                 self._train_epoch(max_steps)
-                if self.step_in_epoch == self.batches.steps and not self.stop.requested:
+                if self.step_in_epoch == self.batches.steps and not self.stopping:
                     self._end_epoch()
             finished = self.epoch == config.run.epochs
             if not finished:
-                self._save()
+                if self.saved != (self.epoch, self.step_in_epoch):
+                    self._save()
                 self.display.say(
                     f"stopped after step {self.step} of {total}; to go on, resume {self.folder} "
                     f"(mitnet-fast train --resume {self.folder})"
                 )
+        self.processes.wait()  # until the files are there
         best_weights = self.folder / "best.safetensors"
         return TrainingResult(
             run_dir=self.folder,
@@ -225,7 +255,7 @@ class _Trainer:
         )
 
     def _to_stop(self, max_steps: int | None) -> bool:
-        return self.stop.requested or (max_steps is not None and self.step >= max_steps)
+        return self.stopping or (max_steps is not None and self.step >= max_steps)
 
     def _train_epoch(self, max_steps: int | None) -> None:
         """The steps of the epoch that are left, or as many as are asked for."""
@@ -253,6 +283,7 @@ class _Trainer:
             if last or self.step % self.config.output.log_every == 0:
                 self._log(learning_rate)
             self.display.update(self.step, self.epoch, values, self.clock, self.system.skipped)
+            self.stopping = self.processes.any(self.stop.requested)
             if self._to_stop(max_steps):
                 return
             if not last and self.step % self.config.output.checkpoint_every == 0:
@@ -296,49 +327,65 @@ class _Trainer:
             if improved:
                 self.best = {"epoch": self.epoch, **self.scores}
                 self._save("best")
-            self.validation_log.write({"epoch": self.epoch, "step": self.step, **self.scores})
+            if self.processes.first:
+                self.validation_log.write({"epoch": self.epoch, "step": self.step, **self.scores})
             self.display.say(
                 f"epoch {self.epoch}: PSNR {self.scores['psnr']:.2f} dB, SSIM {self.scores['ssim']:.4f}"
                 + (" (best)" if improved else "")
             )
         keep_every = self.config.output.keep_every
         if keep_every is not None and self.epoch % keep_every == 0:
-            save_checkpoint(self.folder / f"epoch-{self.epoch:05d}.pt", self._state())
+            self._save(f"epoch-{self.epoch:05d}")
         self._save()
 
     def _validate(self) -> dict[str, float] | None:
-        """Mean scores of the validation images; None when a stop was asked for in between."""
+        """Mean scores of the validation images, shared among the processes; None when a stop was asked for."""
         protocol = PROTOCOLS[self.config.validation.protocol]
+        images = min(len(self.validation_set), self.config.validation.images or len(self.validation_set))
+        mine = range(self.processes.rank, images, self.processes.size)
         psnr, ssim = [], []
-        for item in self._loader(self.validation_set, batch_size=None):
+        for item in self._loader(self.validation_set, batch_size=None, sampler=mine):
             if self.stop.requested:
-                return None
+                break
             restored = self.system.restore(protocol.cut(item["hazy"])[None])[0].cpu()
             scores = score(restored, protocol.cut(item["clear"]), protocol.name)
             psnr.append(scores.psnr)
             ssim.append(scores.ssim)
-            if len(psnr) == self.config.validation.images:
-                break
-        return {"psnr": float(np.mean(psnr)), "ssim": float(np.mean(ssim)), "images": len(psnr)}
+        self.stopping = self.processes.any(self.stop.requested)
+        if self.stopping:
+            return None
+        psnr_sum, ssim_sum = self.processes.sum([math.fsum(psnr), math.fsum(ssim)])
+        return {"psnr": psnr_sum / images, "ssim": ssim_sum / images, "images": images}
 
     def _log(self, learning_rate: float) -> None:
-        self.log.write(
-            {
-                "epoch": self.epoch + 1,
-                "step": self.step,
-                "learning_rate": learning_rate,
-                **self.means.take(),
-                "skipped": self.system.skipped,
-                **self.clock.lap(),
-            }
-        )
+        row = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "learning_rate": learning_rate,
+            **self.means.take(),
+            "skipped": self.system.skipped,
+            **self.clock.lap(),
+        }
+        if self.processes.first:
+            self.log.write(row)
 
     def _save(self, name: str = "last") -> None:
+        """Write the state, and the weights with their card where they are the last or the best."""
+        random_states = self.processes.gather(random_state(self.device))
+        if name == "last":
+            self.saved = (self.epoch, self.step_in_epoch)
+        if not self.processes.first:
+            return
         previous = self.folder / "previous.pt" if name == "last" else None
-        save_checkpoint(self.folder / f"{name}.pt", self._state(), keep_as=previous)
-        save_weights(self.folder / f"{name}.safetensors", self.system.network, self._weights_card())
+        save_checkpoint(self.folder / f"{name}.pt", self._state(random_states), keep_as=previous)
+        if name in ("last", "best"):
+            self._save_weights(name)
 
-    def _state(self) -> dict[str, Any]:
+    def _save_weights(self, name: str) -> None:
+        if self.processes.first:
+            save_weights(self.folder / f"{name}.safetensors", self.system.network, self._weights_card())
+
+    def _state(self, random_states: list[dict[str, Any]]) -> dict[str, Any]:
         network = self.system.network
         return {
             "config": self.config.model_dump(mode="json"),
@@ -350,7 +397,7 @@ class _Trainer:
                 "samples": self.batches.samples,
             },
             "system": self.system.state_dict(),
-            "random": random_state(),
+            "random": random_states,
             "means": self.means.state_dict(),
             "scores": self.scores,
             "best": self.best,
@@ -392,7 +439,9 @@ class _Trainer:
         self.means.load_state_dict(checkpoint["means"])
         self.scores = checkpoint["scores"]
         self.best = checkpoint["best"]
-        set_random_state(checkpoint["random"])
+        self.saved = (self.epoch, self.step_in_epoch)
+        if self.processes.rank < len(checkpoint["random"]):
+            set_random_state(checkpoint["random"][self.processes.rank], self.device)
 
     def _check_data(self) -> None:
         """One sample of either set, so that what does not fit is found before the first step."""
@@ -403,7 +452,7 @@ class _Trainer:
             item = _check_item("the validation set", self.validation_set, ("hazy", "clear"), None)
             score(item["clear"], item["clear"], self.config.validation.protocol)  # raises where it is too small
 
-    def _prepare_folder(self, overwrite: bool, resumed: bool) -> None:
+    def _prepare_folder(self, overwrite: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self.folder.glob(".*.tmp"):
             unfinished.unlink()  # of a run that was killed while it wrote
@@ -418,17 +467,19 @@ class _Trainer:
         file = self.folder / "versions.json"
         starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        starts.append({"started": started, "step": self.step, **versions()})
+        starts.append({"started": started, "step": self.step, "processes": self.processes.size, **versions()})
         with atomic_write(file) as stream:
             stream.write(json.dumps(starts, indent=2).encode())
-        if not resumed:
-            self._save()
 
 
 class _StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish; the second interrupts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a wish; the second interrupts at once, unless ``patient``.
 
-    def __init__(self) -> None:
+    torchrun passes on the Ctrl-C that the terminal has sent to every process, so there it comes twice.
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self.patient = patient
         self.requested = False
         self._previous: dict[int, Any] = {}
 
@@ -445,7 +496,7 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self.patient:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -494,11 +545,15 @@ def _resumed_config(config: Configuration | None, checkpoint: Mapping[str, Any] 
     return config
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, processes: Processes) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and processes.size > 1:
+        device = torch.device("cuda", processes.local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ConfigError(f"run.device: got {name}, but PyTorch sees {found} GPUs; `mitnet-fast doctor` tells why")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

@@ -13,6 +13,8 @@ import torch
 from mitnet_fast.models import CheckpointError
 from mitnet_fast.training.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 
+CPU = torch.device("cpu")
+
 
 def content(step: int) -> dict:
     return {
@@ -170,8 +172,8 @@ def test_all_random_generators_go_on_where_they_were(tmp_path):
 
     draw()
     path = tmp_path / "random.pt"
-    save_checkpoint(path, {"position": {"step": 0}, "random": random_state()})
+    save_checkpoint(path, {"position": {"step": 0}, "random": random_state(CPU)})
     expected = draw()
     assert draw() != expected
-    set_random_state(load_checkpoint(path)["random"])
+    set_random_state(load_checkpoint(path)["random"], CPU)
     assert draw() == expected

@@ -61,9 +61,9 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     ],
 )
 def test_the_restored_image_comes_closer_to_the_truth(name, overrides):
-    system = system_of(name, "optimizer.lr=2e-3", *overrides)
-    restored = [system.training_step(BATCH)["restored"] for _ in range(25)]
-    assert sum(restored[-3:]) / 3 < 0.7 * restored[0]
+    system = system_of(name, "optimizer.lr=5e-3", *overrides)
+    restored = [system.training_step(BATCH)["restored"] for _ in range(12)]
+    assert sum(restored[-3:]) / 3 < 0.75 * restored[0]
     assert system.skipped == 0
 
 
@@ -316,6 +316,29 @@ def test_training_starts_from_given_weights(name, tmp_path):
     assert torch.equal(second.restore(image), first.restore(image))
     with pytest.raises(ConfigError, match=r"run\.weights: .* the run trains"):
         system_of("mitnet", f"run.weights={file}", "network.width=6")
+
+
+def assert_compiled_as_plain(name: str, backend: str):
+    plain, compiled = system_of(name), system_of(name, f"run.compile={backend}", "run.ema=0.9")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert step_with_noise(compiled) == pytest.approx(step_with_noise(plain), rel=1e-3)
+    for size in (21, 30):  # every size would be compiled anew, so none is
+        assert compiled.restore(torch.rand(1, 3, size, size)).shape == (1, 3, size, size)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_network_is_one_graph_for_the_patches():
+    assert_compiled_as_plain("mitnet", "eager")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["mitnet", "dcmpnet"])
+def test_every_compiler_backend_trains_the_same_network(name, backend):
+    assert_compiled_as_plain(name, backend)
 
 
 def test_a_batch_without_what_the_loss_needs_is_an_error():

@@ -205,7 +205,7 @@ import sys, torch
 from tests.training.samples import Samples, small_config
 from mitnet_fast.training import train
 torch.set_num_threads(1)
-config = small_config("mitnet", "data.workers=2", "run.epochs=100000", "output.log_every=1", "validation.every=0")
+config = small_config("mitnet", "data.workers=1", "run.epochs=100000", "output.log_every=1", "validation.every=0")
 result = train(config, sys.argv[1], datasets=(Samples(8), None), progress=False)
 print(result.finished, result.step)
 """
