@@ -109,7 +109,7 @@ class BuildWithKernels(BuildExtension):
     def compile_kernels(self) -> list[str]:
         folder = Path(self.build_temp).resolve() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        optimisation = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+        optimisation = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
         includes = [f"-I{shlex.quote(str(path))}" for path in (ROOT / "csrc", *include_paths())]
         lines = [
             f"cxx = {get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden {' '.join(optimisation + includes)}",
@@ -186,7 +186,7 @@ if mode != "none":
             extra_compile_args=[
                 "-fopenmp",
                 "-fvisibility=hidden",
-                *(["-O0", "-g"] if debug else ["-O3", "-DNDEBUG", "-g0"]),
+                *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG", "-g0"]),
             ],
             extra_link_args=link,
             depends=[

@@ -65,22 +65,24 @@ struct Tiling {
   }
 };
 
-// Places of a tile's pixels in a plane: pixel (i, j) of the tile lies at (i + radius)·pitch + j + radius.
+// Places of a tile's pixels in a plane: pixel (i, j) of the tile lies at begin + i·pitch + j.
 struct Planes {
-  // Vectors may run this far over the end of a plane's last row.
-  static constexpr int64_t slack = 8 * 64 / sizeof(float);
+  static constexpr int64_t line = 64 / sizeof(float);  // elements, a whole number of cache lines for all types
+  static constexpr int64_t slack = 8 * line;           // vectors may run this far over the end of the last row
 
   int64_t radius;
   int64_t pitch;
+  int64_t begin;   // of a vector that is aligned
   int64_t stride;  // from plane to plane
 
   Planes(const Tiling& tiling, int64_t radius) : radius(radius), pitch(tiling.tile_width + 2 * radius) {
-    stride = round_up((tiling.tile_height + 2 * radius) * pitch + slack, 16) + 16;  // room for fill_zero's last vector
+    begin = round_up(radius * pitch + radius, line);
+    const int64_t lines = divide_up(begin - radius + (tiling.tile_height + radius) * pitch + slack, line) + 1;
+    stride = (lines | 1) * line;  // odd: a power of two would map all planes to the same few sets of the cache
   }
 
-  int64_t begin() const { return radius * pitch + radius; }                                         // first pixel
-  int64_t end(const Tile& tile) const { return begin() + (tile.height - 1) * pitch + tile.width; }  // behind the last
-  int64_t end_of_halo(const Tile& tile) const { return (tile.height + 2 * radius) * pitch; }
+  int64_t end(const Tile& tile) const { return begin + (tile.height - 1) * pitch + tile.width; }  // of the pixels
+  int64_t end_of_halo(const Tile& tile) const { return begin - radius + (tile.height + radius) * pitch; }
 };
 
 // Whole vectors: up to one vector less one element too many.
@@ -92,22 +94,21 @@ void fill_zero(T* data, int64_t count) {
 // Consecutive elements, to or from the arithmetic's type.
 template <typename From, typename To>
 void convert_row(const From* from, To* to, int64_t count) {
+  constexpr int64_t lanes = Vec<float>::size();
   if constexpr (std::is_same_v<From, To>) {
     __builtin_memcpy(to, from, count * sizeof(To));
-  } else if constexpr (std::is_same_v<To, float>) {
-    constexpr int64_t lanes = Vec<float>::size();
-    int64_t i = 0;
-    for (; i + 2 * lanes <= count; i += 2 * lanes) {
-      const auto [low, high] = at::vec::convert_to_float<From>(Vec<From>::loadu(from + i));
-      low.store(to + i);
-      high.store(to + i + lanes);
-    }
-    for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
   } else {
-    constexpr int64_t lanes = Vec<float>::size();
     int64_t i = 0;
-    for (; i + 2 * lanes <= count; i += 2 * lanes)
-      at::vec::convert_from_float<To>(Vec<float>::loadu(from + i), Vec<float>::loadu(from + i + lanes)).store(to + i);
+    if constexpr (std::is_same_v<To, float>) {
+      for (; i + lanes <= count; i += lanes) {
+        Vec<float> wide;
+        at::vec::load_to_float<From>(from + i, wide);
+        wide.store(to + i);
+      }
+    } else {
+      for (; i + lanes <= count; i += lanes)
+        at::vec::convert_from_float<To>(Vec<float>::loadu(from + i), Vec<float>(0)).store(to + i, lanes);
+    }
     for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
   }
 }
@@ -171,7 +172,7 @@ template <typename S, typename T>
 void load_tile(const ConstMapView& map, int64_t channel, int64_t channels, const Tile& tile, const Planes& layout,
                T* planes) {
   copy_to_planes<S>(map, tile.sample, channel, channels, tile.row, tile.height, tile.column, tile.width,
-                    planes + layout.begin(), layout.stride, layout.pitch);
+                    planes + layout.begin, layout.stride, layout.pitch);
 }
 
 // Reads a tile's pixels and its halo, zeros where there is no image, and zeros to the end of the slack.
@@ -182,8 +183,7 @@ void load_tile_with_halo(const ConstMapView& map, int64_t channel, int64_t chann
   const int64_t first_column = larger(0, tile.column - layout.radius);
   const int64_t height = smaller(tiling.image_height, tile.row + tile.height + layout.radius) - first_row;
   const int64_t width = smaller(tiling.image_width, tile.column + tile.width + layout.radius) - first_column;
-  const int64_t begin =
-      (first_row - tile.row + layout.radius) * layout.pitch + first_column - tile.column + layout.radius;
+  const int64_t begin = layout.begin + (first_row - tile.row) * layout.pitch + first_column - tile.column;
   const int64_t end = begin + (height - 1) * layout.pitch + width;
   for (int64_t c = 0; c < channels; ++c) {
     T* plane = planes + c * layout.stride;
@@ -202,7 +202,7 @@ void store_tile(const T* planes, const Planes& layout, const Tile& tile, const M
                 int64_t channels) {
   S* data = static_cast<S*>(map.data) + tile.sample * map.stride_n + channel * map.stride_c + tile.row * map.stride_h +
             tile.column * map.stride_w;
-  planes += layout.begin();
+  planes += layout.begin;
   if (map.stride_w == 1) {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < tile.height; ++i)

@@ -56,6 +56,26 @@ struct Blocking<7> {
 constexpr int gradient_features = many_registers ? 4 : 3;
 constexpr int gradient_vectors = many_registers ? 3 : 2;
 
+#if defined(CPU_CAPABILITY_AVX512)
+template <typename T>
+using Register = std::conditional_t<std::is_same_v<T, double>, __m512d, __m512>;
+#elif defined(CPU_CAPABILITY_AVX2)
+template <typename T>
+using Register = std::conditional_t<std::is_same_v<T, double>, __m256d, __m256>;
+#endif
+
+// A vector that is read from memory once: GCC would read it anew for every use, since it may.
+template <typename T>
+ALWAYS_INLINE Vec<T> load_once(const T* data) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  Register<T> value = Vec<T>::loadu(data);
+  asm("" : "+v"(value));
+  return value;
+#else
+  return Vec<T>::loadu(data);
+#endif
+}
+
 template <int K>
 ALWAYS_INLINE int64_t offset(int tap, int64_t pitch) {
   return (tap / K - K / 2) * pitch + tap % K - K / 2;
@@ -66,7 +86,7 @@ template <typename T, int K>
 ALWAYS_INLINE void predict(const T* features, int64_t stride, int64_t feature_channels, const T* weight, const T* bias,
                            Vec<T> (&filters)[Blocking<K>::taps][Blocking<K>::vectors]) {
   constexpr int taps = Blocking<K>::taps, vectors = Blocking<K>::vectors, lanes = Vec<T>::size();
-  UNROLLED_FOR(t, taps) UNROLLED_FOR(v, vectors) { filters[t][v] = Vec<T>(bias[t]); }
+  UNROLLED_FOR(t, taps) UNROLLED_FOR(v, vectors) { filters[t][v] = Vec<T>(0); }
   for (int64_t j = 0; j < feature_channels; ++j, features += stride, weight += K * K) {
     Vec<T> feature[vectors];
     UNROLLED_FOR(v, vectors) { feature[v] = Vec<T>::loadu(features + v * lanes); }
@@ -75,6 +95,8 @@ ALWAYS_INLINE void predict(const T* features, int64_t stride, int64_t feature_ch
       UNROLLED_FOR(v, vectors) { filters[t][v] = at::vec::fmadd(w, feature[v], filters[t][v]); }
     }
   }
+  // last, as a convolution does: added first, the bias would make every rounding of the sum larger
+  UNROLLED_FOR(t, taps) UNROLLED_FOR(v, vectors) { filters[t][v] = filters[t][v] + Vec<T>(bias[t]); }
 }
 
 template <typename T, int K>
@@ -146,7 +168,7 @@ void predicted_grad_x(const Planes& layout, const Tile& tile, int64_t feature_ch
         UNROLLED_FOR(t, taps) { (filters[t][v] * g).store(products + t * layout.stride + p + v * lanes); }
       }
     }
-    gather<T, K, taps>(layout, layout.begin(), layout.end(tile), products, tap,
+    gather<T, K, taps>(layout, layout.begin, layout.end(tile), products, tap,
                        tap > 0 ? grad_x : (residual ? grad : nullptr), grad_x);
   }
 }
@@ -193,11 +215,12 @@ T sum_of_lanes(const Vec<T>& vector) {
   return at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, vector);
 }
 
-// Adds one channel's part of the tile to sums[k·sums_stride + j] for the features in [first, last).
-// `grad` is 0 outside the tile. Plane `feature_channels` of the features is 1 everywhere.
+// Adds one channel's part of the tile to the sums of the features in [first, last): weight_sums[k·Cf + j],
+// and bias_sums[k] for j = Cf, whose plane is 1 everywhere. `grad` is 0 outside the tile.
 template <typename T, int K>
-void predicted_grad_weight(const Planes& layout, int64_t begin, int64_t end, int64_t first, int64_t last, const T* grad,
-                           const T* x, const T* features, T* sums, int64_t sums_stride) {
+void predicted_grad_weight(const Planes& layout, int64_t begin, int64_t end, int64_t first, int64_t last,
+                           int64_t feature_channels, const T* grad, const T* x, const T* features, T* weight_sums,
+                           T* bias_sums) {
   constexpr int taps = Blocking<K>::taps, block = Blocking<K>::features, lanes = Vec<T>::size();
   for (int64_t j0 = first; j0 < last; j0 += block) {
     const T* feature[block];
@@ -210,13 +233,17 @@ void predicted_grad_weight(const Planes& layout, int64_t begin, int64_t end, int
         Vec<T> product[block];
         UNROLLED_FOR(j, block) { product[j] = g * Vec<T>::loadu(feature[j] + p); }
         UNROLLED_FOR(t, taps) {
-          const Vec<T> shifted = Vec<T>::loadu(x + p + offset<K>(tap + t, layout.pitch));
+          const Vec<T> shifted = load_once(x + p + offset<K>(tap + t, layout.pitch));
           UNROLLED_FOR(j, block) { sum[t][j] = at::vec::fmadd(shifted, product[j], sum[t][j]); }
         }
       }
       UNROLLED_FOR(t, taps) {
         UNROLLED_FOR(j, block) {
-          if (j0 + j < last) sums[(tap + t) * sums_stride + j0 + j] += sum_of_lanes(sum[t][j]);
+          if (j0 + j < smaller(last, feature_channels)) {
+            weight_sums[(tap + t) * feature_channels + j0 + j] += sum_of_lanes(sum[t][j]);
+          } else if (j0 + j < last) {
+            bias_sums[tap + t] += sum_of_lanes(sum[t][j]);
+          }
         }
       }
     }
@@ -280,10 +307,13 @@ struct PackedPredictor {
   }
 };
 
+constexpr int64_t cache = 1 << 20;    // bytes: most of a core's second-level cache
+constexpr int64_t enough_tasks = 64;  // for the threads of any processor that this is meant for
+
 // A tile's planes should stay in the second-level cache: pixels of a tile with `planes` planes. Small
 // images are cut smaller, for the sake of threads.
 Tiling tiling_for(const DynamicFilterShape& shape, int64_t planes, int64_t bytes_per_element) {
-  constexpr int64_t cache = 1 << 20, widest = 64, fewest_pixels = 512, most_pixels = 4096, enough_tasks = 64;
+  constexpr int64_t widest = 64, fewest_pixels = 512, most_pixels = 4096;
   const int64_t fit = smaller(most_pixels, cache / (planes * bytes_per_element));
   const int64_t share = shape.batch * shape.height * shape.width / enough_tasks;
   return Tiling(shape.height, shape.width, larger(fewest_pixels, smaller(fit, share)), widest);
@@ -328,7 +358,7 @@ struct PredictedForward {
       const Tile tile = tiling.tile(task / tiling.tiles(), task % tiling.tiles());
       load_tile_with_halo<S>(call.x, 0, channels, tile, tiling, layout, planes.x);
       load_tile<S>(call.predictor.features, 0, features, tile, layout, planes.features);
-      predicted_forward_tile<T, K>(layout, layout.begin(), layout.end(tile), channels, features, planes.x,
+      predicted_forward_tile<T, K>(layout, layout.begin, layout.end(tile), channels, features, planes.x,
                                    planes.features, predictor.weight,
                                    predictor.bias + tile.sample * predictor.bias_stride, call.shape.residual, planes.y);
       store_tile<S>(planes.y, layout, tile, call.y, 0, channels);
@@ -344,15 +374,32 @@ struct PredictedBackward {
   const int64_t batch = call.shape.batch;
   const int64_t channels = call.shape.channels;
   const int64_t features = call.predictor.feature_channels;
+  const int64_t rows = channels * K * K;
   const bool sums_weights = call.grad_weight || call.grad_bias;
-  // grad_weight and grad_bias side by side: columns of a [C·K², Cf + 1] matrix of sums
   const int64_t first_sum = call.grad_weight ? 0 : features;
   const int64_t last_sum = call.grad_bias ? features + 1 : features;
-  const int64_t sums = channels * K * K * (features + 1);
   const Tiling tiling = tiling_for(call.shape, 3 * channels + 2 * features + Blocking<K>::taps, sizeof(T));
   const Planes layout{tiling, K / 2};
-  // where weights are summed, a task is a group of consecutive tiles of a sample, with sums of its own
-  const int64_t groups = sums_weights ? smaller(tiling.tiles(), divide_up(64, larger(1, batch))) : tiling.tiles();
+  // A task is a group of consecutive tiles of the whole batch, with sums of its own where weights need
+  // them: those of all groups take a fraction of what one map of filters would.
+  const int64_t tiles = batch * tiling.tiles();
+  const int64_t pixels = batch * call.shape.height * call.shape.width;
+  const int64_t groups =
+      sums_weights ? smaller(tiles, larger(1, smaller(enough_tasks, pixels / (4 * features)))) : tiles;
+
+  int64_t first_tile(int64_t group) const { return group * tiles / groups; }
+
+  // Sums of all groups: grad_weight's by group, grad_bias's by group and sample. Both numbers only grow
+  // from tile to tile, so that their sum tells apart all pairs that occur.
+  struct Sums {
+    T* weight;  // [groups, C·K², Cf]
+    T* bias;    // [groups + B, C·K²]
+  };
+
+  Sums sums(Arena& arena) const {
+    return {arena.take<T>(call.grad_weight ? groups * rows * features : 0),
+            arena.take<T>(call.grad_bias ? (groups + batch) * rows : 0)};
+  }
 
   struct Scratch {
     T *grad, *x, *features, *grad_x, *grad_features, *products, *inner_grad;
@@ -373,7 +420,7 @@ struct PredictedBackward {
   int64_t workspace_bytes(int threads) const {
     Arena arena(nullptr);
     PackedPredictor<S, K>(arena, call.shape, call.predictor, true);
-    if (sums_weights) arena.take<T>(batch * groups * sums);
+    sums(arena);
     for (int thread = 0; thread < threads; ++thread) scratch(arena);
     return arena.bytes();
   }
@@ -382,25 +429,30 @@ struct PredictedBackward {
     Arena arena(workspace);
     PackedPredictor<S, K> predictor(arena, call.shape, call.predictor, true);
     predictor.fill(call.shape, call.predictor);
-    T* const partial = sums_weights ? arena.take<T>(batch * groups * sums) : nullptr;
+    const Sums all_sums = sums(arena);
     char* const scratches = arena.take<char>(0);
     Arena one(nullptr);
     scratch(one);
-    parallel_tasks(batch * groups, threads, [&](int64_t task, int thread) {
+    parallel_tasks(groups, threads, [&](int64_t group, int thread) {
       Arena own(scratches + thread * one.bytes());
       const Scratch planes = scratch(own);
-      const int64_t sample = task / groups, group = task % groups;
-      T* const own_sums = partial ? partial + task * sums : nullptr;
-      if (own_sums) __builtin_memset(own_sums, 0, sums * sizeof(T));
-      for (int64_t index = group * tiling.tiles() / groups; index < (group + 1) * tiling.tiles() / groups; ++index)
-        backward_tile(tiling.tile(sample, index), predictor, planes, own_sums);
+      Sums own_sums{all_sums.weight + group * rows * features, all_sums.bias};
+      if (call.grad_weight) __builtin_memset(own_sums.weight, 0, rows * features * sizeof(T));
+      for (int64_t index = first_tile(group); index < first_tile(group + 1); ++index) {
+        const int64_t sample = index / tiling.tiles();
+        if (call.grad_bias && (index == first_tile(group) || index % tiling.tiles() == 0)) {
+          own_sums.bias = all_sums.bias + (group + sample) * rows;
+          __builtin_memset(own_sums.bias, 0, rows * sizeof(T));
+        }
+        backward_tile(tiling.tile(sample, index % tiling.tiles()), predictor, planes, own_sums);
+      }
     });
-    if (sums_weights) add_up(partial, threads);
+    if (sums_weights) add_up(all_sums, threads);
   }
 
   void backward_tile(const Tile& tile, const PackedPredictor<S, K>& predictor, const Scratch& planes,
-                     T* own_sums) const {
-    const int64_t begin = layout.begin(), end = layout.end(tile);
+                     const Sums& own_sums) const {
+    const int64_t begin = layout.begin, end = layout.end(tile);
     load_tile_with_halo<S>(call.grad, 0, channels, tile, tiling, layout, planes.grad);
     if (call.grad_x.data || call.grad_weight)
       load_tile_with_halo<S>(call.predictor.features, 0, features, tile, tiling, layout, planes.features);
@@ -419,7 +471,7 @@ struct PredictedBackward {
                                     predictor.weight_for_features, planes.grad_features);
       store_tile<S>(planes.grad_features, layout, tile, call.grad_features, 0, features);
     }
-    if (own_sums) {
+    if (sums_weights) {
       T* const ones = planes.features + features * layout.stride;
       for (int64_t p = 0; p < end + Planes::slack; ++p) ones[p] = T(1);
       fill_zero(planes.inner_grad, end + Planes::slack);
@@ -428,31 +480,32 @@ struct PredictedBackward {
         for (int64_t i = 0; i < tile.height; ++i)
           __builtin_memcpy(planes.inner_grad + begin + i * layout.pitch, grad + begin + i * layout.pitch,
                            tile.width * sizeof(T));
-        predicted_grad_weight<T, K>(layout, begin, end, first_sum, last_sum, planes.inner_grad,
+        predicted_grad_weight<T, K>(layout, begin, end, first_sum, last_sum, features, planes.inner_grad,
                                     planes.x + c * layout.stride, planes.features,
-                                    own_sums + c * K * K * (features + 1), features + 1);
+                                    own_sums.weight + c * K * K * features, own_sums.bias + c * K * K);
       }
     }
   }
 
   // The second stage: groups are added in their order.
-  void add_up(const T* partial, int threads) const {
-    parallel_tasks(channels * K * K, threads, [&](int64_t row, int) {
+  void add_up(const Sums& all_sums, int threads) const {
+    parallel_tasks(rows, threads, [&](int64_t row, int) {
       if (call.grad_weight) {
         for (int64_t j = 0; j < features; ++j) {
           double sum = 0;
-          for (int64_t group = 0; group < batch * groups; ++group)
-            sum += partial[group * sums + row * (features + 1) + j];
+          for (int64_t group = 0; group < groups; ++group) sum += all_sums.weight[(group * rows + row) * features + j];
           static_cast<S*>(call.grad_weight)[row * features + j] = static_cast<S>(sum);
         }
       }
       if (call.grad_bias) {
         double sum = 0;
-        for (int64_t sample = 0; sample < batch; ++sample) {
-          for (int64_t group = 0; group < groups; ++group)
-            sum += partial[(sample * groups + group) * sums + row * (features + 1) + features];
+        for (int64_t group = 0, sample = 0; sample < batch; ++sample) {
+          // groups with tiles of this sample; the last of them may go on in the next one
+          for (; group < groups && first_tile(group) < (sample + 1) * tiling.tiles(); ++group)
+            sum += all_sums.bias[(group + sample) * rows + row];
+          if (group > 0 && first_tile(group) > (sample + 1) * tiling.tiles()) --group;
           if (call.predictor.bias_per_sample) {
-            static_cast<S*>(call.grad_bias)[sample * channels * K * K + row] = static_cast<S>(sum);
+            static_cast<S*>(call.grad_bias)[sample * rows + row] = static_cast<S>(sum);
             sum = 0;
           }
         }
@@ -463,7 +516,7 @@ struct PredictedBackward {
 };
 
 // Given filters are read once: a task works through the channels of a tile in groups whose filters
-// fit in cache. Channels of filters that lie side by side in memory are read many at a time.
+// fit in cache. Where rows of pixels lie in memory that is one channel at a time, where channels do, many.
 template <typename S, int K>
 struct GivenFilters {
   using T = Arithmetic<S>;
@@ -473,7 +526,8 @@ struct GivenFilters {
   const bool rows = filters.stride_w == 1;
   const Tiling tiling{shape.height, shape.width, rows ? 4096 : 1024, rows ? 256 : 64};
   const Planes layout{tiling, K / 2};
-  const int64_t group = smaller(shape.channels, rows ? 1 : divide_up(32, K* K));
+  const int64_t fit = larger(1, cache / ((K * K + 3) * layout.stride * static_cast<int64_t>(sizeof(T))));
+  const int64_t group = rows ? 1 : divide_up(shape.channels, divide_up(shape.channels, fit));
 
   struct Scratch {
     T *x, *grad, *filters, *out;
@@ -517,7 +571,7 @@ struct Forward {
     work.for_each(workspace, threads, [&](const Tile& tile, int64_t c, int64_t channels, const auto& planes) {
       load_tile_with_halo<S>(call.x, c, channels, tile, work.tiling, layout, planes.x);
       load_tile<S>(call.filters, c * K * K, channels * K * K, tile, layout, planes.filters);
-      forward_tile<T, K>(layout, layout.begin(), layout.end(tile), channels, planes.x, planes.filters,
+      forward_tile<T, K>(layout, layout.begin, layout.end(tile), channels, planes.x, planes.filters,
                          call.shape.residual, planes.out);
       store_tile<S>(planes.out, layout, tile, call.y, c, channels);
     });
@@ -536,7 +590,7 @@ struct Backward {
   void launch(void* workspace, int threads) const {
     const Planes& layout = work.layout;
     work.for_each(workspace, threads, [&](const Tile& tile, int64_t first, int64_t channels, const auto& planes) {
-      const int64_t begin = layout.begin(), end = layout.end(tile);
+      const int64_t begin = layout.begin, end = layout.end(tile);
       load_tile_with_halo<S>(call.grad, first, channels, tile, work.tiling, layout, planes.grad);
       if (call.grad_x.data) {
         load_tile_with_halo<S>(call.filters, first * K * K, channels * K * K, tile, work.tiling, layout,
