@@ -30,7 +30,7 @@ CARD = "mitnet_fast"
 SHARED = "dcmpnet-shared-depth"
 CARD_VERSION = 1
 TRAINING_CHECKPOINT = "mitnet_fast training checkpoint"
-OWN_FIELDS = ("format", "system", "config", "parameters", "versions")
+OWN_FIELDS = ("format", "system", "config", "width", "parameters", "versions")
 
 
 class WeightsError(ValueError):
@@ -97,9 +97,7 @@ def save_weights(path: str | os.PathLike[str], model: nn.Module, card: Mapping[s
         raise ValueError(f"card: the fields {', '.join(taken)} are taken from the model, leave them out")
     whole = {
         "format": CARD_VERSION,
-        "system": system_of(model),
-        "config": model.config,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **describe(model),
         "versions": versions(),
         **(card or {}),
     }
@@ -166,6 +164,26 @@ def system_of(model: nn.Module) -> str:
             return system
     allowed = ", ".join(network.__name__ for network in NETWORKS.values())
     raise TypeError(f"model: got {type(model).__name__}, allowed are {allowed}")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a card says about the network itself.
+
+    Returns:
+        ``system``; ``config``, the constructor's arguments; ``width``, the channels at full size or, where
+        the network has several widths, all of them; ``parameters``, their number.
+
+    Raises:
+        TypeError: another kind of model than in :data:`NETWORKS`.
+    """
+    system, config = system_of(model), model.config
+    own = config["dehazing"] if system == SHARED else config
+    return {
+        "system": system,
+        "config": config,
+        "width": own["width"] if "width" in own else own["widths"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -255,7 +273,7 @@ def _load_official(content: Mapping[str, Any], path: Path) -> tuple[nn.Module, d
             f"{path}: none of its {len(state)} names belongs to {known}; it begins with {', '.join(list(state)[:3])}"
         )
     model = NETWORKS[system].from_official(state)
-    return model, {"system": system, "config": model.config, "source": "published checkpoint"}
+    return model, {**describe(model), "source": "published checkpoint"}
 
 
 def _official_names(network: type[nn.Module]) -> set[str]:

@@ -15,6 +15,7 @@ from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, MITNet
 from mitnet_fast.weights import (
     DepthSharingDCMPNet,
     WeightsError,
+    describe,
     load_weights,
     read_card,
     save_weights,
@@ -59,6 +60,7 @@ def test_a_network_comes_back_from_its_file(system, tmp_path):
     assert not any(module.training for module in loaded.modules())
     assert card == read_card(path)
     assert (card["system"], card["demo"], card["scores"]) == (system, True, {"psnr": 20})
+    assert card["width"] == {"mitnet": 2, "depthnet": [4, 4]}.get(system, [4, 4, 4])
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
     assert card["versions"]["torch"] == torch.__version__
     assert card["versions"]["mitnet_fast"] == __version__
@@ -95,7 +97,8 @@ def test_published_mitnet_checkpoints_are_recognised_by_their_names(wrapped, tmp
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}} if wrapped else state, path)
     loaded, card = load_weights(path)
     assert_same_network(loaded, model)
-    assert card == {"system": "mitnet", "config": model.config, "source": "published checkpoint"}
+    assert card == {**describe(model), "source": "published checkpoint"}
+    assert (card["system"], card["width"], card["config"]) == ("mitnet", 2, model.config)
 
 
 @pytest.mark.parametrize("network", [DCMPNet, DepthNet])

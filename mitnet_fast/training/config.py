@@ -154,6 +154,7 @@ class Output(Section):
     """What is written, and how often."""
 
     log_every: int = Field(10, ge=1, description="steps per row of log.csv")
+    tensorboard: bool = Field(False, description="write curves for TensorBoard too (needs the package tensorboard)")
     checkpoint_every: int = Field(500, ge=1, description="steps between writings of last.pt within an epoch")
     keep_every: int | None = Field(None, ge=1, description="epochs between checkpoints kept for good; null: none")
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.files import atomic_write
+from .config import ConfigError
 
 NOTABLE_WAIT = 0.05  # share of the time spent waiting for data from which on the progress bar says so
 
@@ -92,6 +93,53 @@ class CsvLog:
             writer.writerows(kept)
             with atomic_write(self.path) as stream:
                 stream.write(text.getvalue().encode())
+
+
+def check_tensorboard() -> None:
+    """Raise unless curves can be written.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"output.tensorboard: needs the package tensorboard (pip install tensorboard): {error}"
+        ) from error
+
+
+class Curves:
+    """Curves for TensorBoard, of the numbers that the CSV files hold.
+
+    Args:
+        folder: for the event files.
+        enabled: False: nothing is ever written.
+        step: that the run goes on from; what was written of later steps is hidden.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, step: int) -> None:
+        self.writer = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, group: str, row: Mapping[str, Any]) -> None:
+        """Add a point to the curve of every column but epoch and step."""
+        if self.writer is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    self.writer.add_scalar(f"{group}/{name}", value, row["step"])
 
 
 class Clock:

@@ -9,6 +9,7 @@ A run lives in a folder:
     best.pt                   state with the best validation PSNR
     epoch-00010.pt, …         states kept for good, where asked for
     last.safetensors, best.safetensors   weights with their card
+    tensorboard/              the curves of both CSV files, where asked for
 
 The state holds everything that the next step depends on, and the order of the samples depends only on
 seed and epoch. So a run that is stopped or killed, and resumed, ends with the same weights as one that
@@ -37,13 +38,14 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.files import atomic_write
+from ..data.layouts import DataError
 from ..data.paired import PairedImages
 from ..evaluation import PROTOCOLS, score
-from ..weights import save_weights, system_of, versions
+from ..weights import describe, save_weights, versions
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import ConfigError, Configuration, flatten, load_config, to_yaml
 from .distributed import Processes, join
-from .logs import Clock, CsvLog, Display, Means
+from .logs import Clock, CsvLog, Curves, Display, Means, check_tensorboard
 from .sampler import EpochBatches
 from .systems import TrainingDiverged, build_system
 
@@ -52,9 +54,13 @@ OWN_FILES = (
     "versions.json",
     "log.csv",
     "validation.csv",
-    "*.pt",
+    "last.pt",
+    "previous.pt",
+    "best.pt",
+    "epoch-*.pt",
     "last.safetensors",
     "best.safetensors",
+    "tensorboard/events.*",
 )
 
 # what a resumed run may change, because the result does not depend on it or is meant to go on
@@ -178,6 +184,9 @@ class _Trainer:
                 f"validation.protocol: got {config.validation.protocol!r}, allowed are {', '.join(PROTOCOLS)}"
             )
         self.train_set, self.validation_set = datasets or _open_datasets(config)
+        self.how_to_resume = f"train again with resume=True and run_dir={str(folder)!r}"
+        if datasets is None:
+            self.how_to_resume = f"type: mitnet-fast train --resume --run {folder}"
         self.batches = EpochBatches(
             len(self.train_set),
             config.data.batch,
@@ -205,6 +214,8 @@ class _Trainer:
         self.card = dict(card or (checkpoint or {}).get("card", {}))
         self.log = CsvLog(folder / "log.csv")
         self.validation_log = CsvLog(folder / "validation.csv")
+        if config.output.tensorboard:
+            check_tensorboard()
         if checkpoint is not None:
             self._load(checkpoint)
         if processes.sum([self.step])[0] != processes.size * self.step:  # waits until all have seen the folder
@@ -225,7 +236,8 @@ class _Trainer:
         self.stopping = False  # what all processes agreed on
         total = config.run.epochs * self.batches.steps
         self.display = Display(console, progress, steps=total, done=self.step, epochs=config.run.epochs)
-        with self.display:
+        self.curves = Curves(self.folder / "tensorboard", config.output.tensorboard and self.processes.first, self.step)
+        with self.display, self.curves:
             while self.epoch < config.run.epochs and not self._to_stop(max_steps):
                 self._train_epoch(max_steps)
                 if self.step_in_epoch == self.batches.steps and not self.stopping:
@@ -234,10 +246,7 @@ class _Trainer:
             if not finished:
                 if self.saved != (self.epoch, self.step_in_epoch):
                     self._save()
-                self.display.say(
-                    f"stopped after step {self.step} of {total}; to go on, resume {self.folder} "
-                    f"(mitnet-fast train --resume {self.folder})"
-                )
+                self.display.say(f"stopped after step {self.step} of {total}; to go on, {self.how_to_resume}")
         self.processes.wait()  # until the files are there
         best_weights = self.folder / "best.safetensors"
         return TrainingResult(
@@ -328,7 +337,9 @@ class _Trainer:
                 self.best = {"epoch": self.epoch, **self.scores}
                 self._save("best")
             if self.processes.first:
-                self.validation_log.write({"epoch": self.epoch, "step": self.step, **self.scores})
+                row = {"epoch": self.epoch, "step": self.step, **self.scores}
+                self.validation_log.write(row)
+                self.curves.write("validation", row)
             self.display.say(
                 f"epoch {self.epoch}: PSNR {self.scores['psnr']:.2f} dB, SSIM {self.scores['ssim']:.4f}"
                 + (" (best)" if improved else "")
@@ -368,6 +379,7 @@ class _Trainer:
         }
         if self.processes.first:
             self.log.write(row)
+            self.curves.write("train", row)
 
     def _save(self, name: str = "last") -> None:
         """Write the state, and the weights with their card where they are the last or the best."""
@@ -403,9 +415,8 @@ class _Trainer:
             "best": self.best,
             "card": self.card,
             "weights": {
-                "system": system_of(network),
-                "config": network.config,
                 "state": dict(network.state_dict()),
+                **describe(network),
                 **self._weights_card(),
             },
         }
@@ -413,13 +424,13 @@ class _Trainer:
     def _weights_card(self) -> dict[str, Any]:
         root = self.config.data.root
         card = {
+            "data": None if root is None else root.name,
             "training": {
                 "preset": self.config.preset,
-                "data": None if root is None else root.name,
                 "epochs": self.epoch,
                 "steps": self.step,
                 "averaged": self.system.average is not None,
-            }
+            },
         }
         if self.scores is not None and math.isfinite(self.scores["psnr"]):  # JSON has no infinity
             card["scores"] = {self.config.validation.protocol: self.scores}
@@ -580,7 +591,14 @@ def _open_datasets(config: Configuration) -> tuple[Dataset, Dataset | None]:
     )
     if not config.validation.every:
         return train_set, None
-    return train_set, PairedImages(data.validation_root or data.root, split="test", layout=data.layout)
+    advice = "name another folder (data.validation_root=DIR), or do without (validation.every=0)"
+    try:
+        validation_set = PairedImages(data.validation_root or data.root, split="test", layout=data.layout)
+    except DataError as error:
+        raise ConfigError(f"validation: {error}\n{advice}") from error
+    if validation_set.root == train_set.root and not {*validation_set.pairs}.isdisjoint(train_set.pairs):
+        raise ConfigError(f"validation: {train_set.root} has no test split, its images are those of training; {advice}")
+    return train_set, validation_set
 
 
 def _check_item(where: str, dataset: Dataset, names: tuple[str, ...], patch: int | None) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,10 @@ def test_ctrl_c_finishes_the_step_and_the_run_can_go_on(uninterrupted, tmp_path)
     datasets = (Samples(8, on_item=interrupt), Samples(2, side=24))
     result = train(config, tmp_path, datasets=datasets, console=console)
     assert (result.finished, result.step, result.epoch) == (False, 6, 1)
-    assert f"stopped after step 6 of 12; to go on, resume {tmp_path}" in console.export_text()
+    assert (
+        f"stopped after step 6 of 12; to go on, train again with resume=True and run_dir='{tmp_path}'"
+        in console.export_text()
+    )
     assert load_checkpoint(tmp_path / "last.pt")["position"] == {
         "epoch": 1,
         "step_in_epoch": 2,
@@ -274,7 +278,7 @@ def test_the_log_holds_means_over_its_steps(tmp_path):
 def test_weights_carry_their_card_and_restore_as_the_averaged_network(uninterrupted):
     folder = uninterrupted["dcmpnet"]
     model, card = load_weights(folder / "last.safetensors")
-    assert card["training"] == {"preset": "dcmpnet-its", "data": None, "epochs": 2, "steps": 8, "averaged": True}
+    assert card["training"] == {"preset": "dcmpnet-its", "epochs": 2, "steps": 8, "averaged": True}
     last = rows(folder, "validation.csv")[-1]
     assert card["scores"]["dcmp-test"]["psnr"] == pytest.approx(float(last["psnr"]), rel=1e-6)
     state = load_checkpoint(folder / "last.pt")
@@ -287,12 +291,10 @@ def test_weights_carry_their_card_and_restore_as_the_averaged_network(uninterrup
 
 def test_the_caller_adds_to_the_card(tmp_path):
     config = small_config("mitnet", "validation.every=0")
-    run(config, tmp_path, max_steps=1, card={"demo": True, "training": {"data": "three photographs"}})
+    run(config, tmp_path, max_steps=1, card={"demo": True, "data": "three photographs"})
     run(config, tmp_path, max_steps=2, resume=True)
-    for name in ("last.safetensors",):
-        card = read_card(tmp_path / name)
-        assert card["demo"] is True
-        assert card["training"] == {"data": "three photographs"}
+    card = read_card(tmp_path / "last.safetensors")
+    assert (card["demo"], card["data"], card["training"]["steps"]) == (True, "three photographs", 2)
 
 
 def test_the_best_validation_is_kept(tmp_path, monkeypatch):
@@ -564,4 +566,56 @@ def test_training_on_a_folder(images, tmp_path, uint8):
     overrides = (f"data.root={images}", "data.repeat=3", "data.workers=1", f"data.uint8={uint8}")
     result = train(small_config("mitnet", "run.epochs=1", *overrides), tmp_path / "run", progress=False)
     assert (result.finished, result.step, result.scores["images"]) == (True, 6, 1)
-    assert read_card(result.weights)["training"]["data"] == "set"
+    assert read_card(result.weights)["data"] == "set"
+
+
+def test_training_images_are_never_scored_unnoticed(images, tmp_path):
+    flat = images / "train"  # without splits: the whole of it is training and test set alike
+    for root, overrides, message in (
+        (flat, (), "no test split, its images are those of training; name another folder"),
+        (images, (f"data.validation_root={tmp_path / 'missing'}",), r"(?s)validation: .*missing.*validation\.every=0"),
+    ):
+        config = small_config("mitnet", f"data.root={root}", *overrides)
+        with pytest.raises(ConfigError, match=message):
+            train(config, tmp_path / "run", progress=False)
+    config = small_config("mitnet", f"data.root={flat}", f"data.validation_root={images}", "run.epochs=1")
+    assert train(config, tmp_path / "run", progress=False).scores["images"] == 1
+
+
+def test_curves_are_written_for_tensorboard(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    config = small_config("mitnet", "run.epochs=1", "output.tensorboard=true")
+    result = run(config, tmp_path, max_steps=2)
+    run(config, tmp_path, resume=True)
+    folder = str(tmp_path / "tensorboard")
+    assert [entry for entry in written if entry in ((folder, 1), (folder, 3), "closed")] == [
+        (folder, 1),
+        "closed",
+        (folder, 3),
+        "closed",
+    ]
+    logged = {(name, step): value for name, value, step in (entry for entry in written if len(entry) == 3)}
+    for row in rows(tmp_path):
+        assert logged["train/total", int(row["step"])] == pytest.approx(float(row["total"]), rel=1e-6)
+    (validated,) = rows(tmp_path, "validation.csv")
+    assert logged["validation/psnr", 4] == pytest.approx(float(validated["psnr"]), rel=1e-6)
+    assert result.step == 2
+
+
+def test_tensorboard_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"output\.tensorboard: needs the package tensorboard \(pip install"):
+        run(small_config("mitnet", "output.tensorboard=true"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
