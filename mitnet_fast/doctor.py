@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from . import __version__
 from ._extension import EXTENSION, WHY_NOT
-from .ops import BACKENDS
+from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _window_attention
+from .ops._backends import BackendError, Kernels, choose, why_not
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,54 @@ OPTIONAL_PACKAGES = (
 
 def report(console: Console) -> None:
     """Print the findings, then which backend every operator can use."""
-    table = Table("", "what", "found", title="This machine", title_justify="left")
+    table = Table("", "what", Column("found", overflow="fold"), title="This machine", title_justify="left")
     for finding in examine():
-        table.add_row("[green]✓[/]" if finding.good else "[yellow]–[/]", finding.subject, finding.found)
+        mark = Text("✓", "green") if finding.good else Text("–", "yellow")
+        table.add_row(mark, finding.subject, Text(finding.found))
     console.print(table)
-    backends = Table("backend", "state", title="Backends of the operators", title_justify="left")
-    for name in BACKENDS:
-        backends.add_row(name, "[green]ready[/]: plain PyTorch, any device, any floating-point dtype")
+    backends = Table("kernels", "backend", "tensors", "state", title="Backends of the operators", title_justify="left")
+    for ability in abilities():
+        style = "green" if ability.ready else "yellow"
+        backends.add_row(ability.family, ability.backend, ability.device, Text(ability.state, style))
     console.print(backends)
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What one backend can do here for one kernel family on one type of tensors, or every reason why it cannot."""
+
+    family: str
+    backend: str
+    device: str
+    ready: bool
+    state: str
+
+
+def abilities() -> list[Ability]:
+    """Every kernel family × backend × device type; on a type of which there is no device only that is said."""
+    found = []
+    for kernels in (_dynamic_filter.KERNELS, _amplitude_phase.KERNELS, _window_attention.KERNELS):
+        for device in ("cpu", "cuda"):
+            if device == "cuda" and not torch.cuda.is_available():
+                found.append(Ability(kernels.family, "any", device, False, "PyTorch sees no GPU"))
+                continue
+            found += [_ability(kernels, backend, device) for backend in BACKENDS]
+    return found
+
+
+def _ability(kernels: Kernels, backend: str, device: str) -> Ability:
+    all_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    dtypes = [dtype for dtype in all_dtypes if not why_not(kernels, backend, device, dtype)]
+    if not dtypes:
+        supported = next(iter(kernels.dtypes.get((backend, device), [torch.float32])))
+        reasons = "; ".join(why_not(kernels, backend, device, supported))
+        return Ability(kernels.family, backend, device, False, reasons)
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    try:
+        taken = choose(kernels, None, device, torch.float32) == backend
+    except BackendError:  # one that MITNET_FAST_BACKEND forces and that cannot run
+        taken = False
+    return Ability(kernels.family, backend, device, True, names + (" (default)" if taken else ""))
 
 
 def _built_for() -> str:
@@ -110,7 +152,7 @@ def _driver() -> str:
 def _triton() -> Finding:
     if importlib.util.find_spec("triton") is None:
         return Finding("Triton", "not installed", good=False)
-    return Finding("Triton", importlib.metadata.version("triton"))
+    return Finding("Triton", _version("triton"))
 
 
 def _compiler(subject: str, names: list[str], use: str) -> Finding:
@@ -149,4 +191,11 @@ def _extension() -> Finding:
 def _package(name: str, use: str) -> Finding:
     if importlib.util.find_spec(name) is None:
         return Finding(name, f"not installed; optional: {use}", good=False)
-    return Finding(name, importlib.metadata.version(name))
+    return Finding(name, _version(name))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a nightly under another name, or a folder on the path
+        return "installed, of unknown version"
