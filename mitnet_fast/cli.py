@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from . import __version__
 
@@ -63,7 +67,9 @@ def demo(
 def train(
     preset: Annotated[
         str | None,
-        typer.Argument(help="A preset (mitnet-its, dcmpnet-its, …) or a YAML file; none to resume as it was."),
+        typer.Argument(
+            help="A preset (mitnet-its, dcmpnet-its, …) or a YAML file; with --resume also the run's folder, or none."
+        ),
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", "-r", help="Folder of the run [runs/PRESET].")] = None,
     data: Annotated[Path | None, typer.Option("--data", "-d", help="Training set, the same as -s data.root=…")] = None,
@@ -71,6 +77,9 @@ def train(
         list[str] | None, typer.Option("--override", "-s", help="section.field=value, as often as needed.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="With --resume: from this file instead of the run's last.pt.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the whole configuration and stop.")] = False,
@@ -81,21 +90,34 @@ def train(
     from .training import PRESETS, load_config, to_yaml
     from .training import train as run_training
 
-    if preset is None and not resume:
+    if checkpoint and not resume:
+        raise typer.BadParameter("a checkpoint is there to --resume from", param_hint="--checkpoint")
+    if resume and preset is not None and preset not in PRESETS and Path(preset).is_dir():
+        if run is not None:
+            raise typer.BadParameter(f"the run's folder is given twice, {preset} and {run}", param_hint="--run")
+        preset, run = None, Path(preset)
+    if preset is None and (show or not resume):
         raise typer.BadParameter(
             f"expected a preset or a YAML file; presets are {', '.join(PRESETS)}", param_hint="PRESET"
         )
     if preset is None and run is None:
         raise typer.BadParameter("--resume without a preset needs the run's folder", param_hint="--run")
-    overrides = [*([f"data.root={data}"] if data else []), *(override or [])]
+    # a JSON string is a YAML string, whatever is in it
+    overrides = [*([f"data.root={json.dumps(str(data))}"] if data else []), *(override or [])]
     if preset is None and overrides:
         raise typer.BadParameter("overrides need the preset or YAML file they change", param_hint="PRESET")
     config = load_config(preset, overrides) if preset else None
     if show:
-        console.print(Syntax(to_yaml(config), "yaml", background_color="default"))
+        text = to_yaml(config)
+        if console.is_terminal:
+            console.print(Syntax(text, "yaml", background_color="default"))
+        else:
+            sys.stdout.write(text)  # whole lines, whatever their length: to be saved and read again
         return
     folder = run or Path("runs") / Path(preset).stem
-    result = run_training(config, folder, resume=resume, overwrite=overwrite, max_steps=max_steps, console=console)
+    result = run_training(
+        config, folder, resume=checkpoint or resume, overwrite=overwrite, max_steps=max_steps, console=console
+    )
     if not result.finished and max_steps is None:
         raise typer.Exit(130)
 
@@ -182,11 +204,9 @@ def evaluate(
             csv_path=csv,
             progress=advance,
         )
-    console.print(evaluation.render())
-    for failure in evaluation.failures:
-        console.print(f"[red]{failure.name}[/]: {failure.error}", highlight=False)
+    console.print(evaluation)
     if csv:
-        console.print(f"scores of each image: {csv}")
+        _line(f"scores of each image: {csv}")
     if evaluation.failures:
         raise typer.Exit(1)
 
@@ -211,7 +231,7 @@ def verify(
     family: Annotated[str | None, typer.Option(help="One kernel family.")] = None,
     backend: Annotated[str | None, typer.Option(help="One backend.")] = None,
     random_cases: Annotated[int, typer.Option("--random", min=0, help="Random cases on top of the fixed ones.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write every check here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every check here.")] = None,
 ) -> None:
     """Check every kernel that can run here against float64."""
     from .verify import verify as run_verification
@@ -220,13 +240,13 @@ def verify(
         verification = run_verification(family, backend, random_cases=random_cases, progress=advance)
     console.print(verification.render())
     for name, reason in verification.not_run.items():
-        console.print(f"not run: {name}: {reason}", highlight=False)
+        _line(f"not run: {name}: {reason}")
     for check in verification.failures[:20]:
         what = check.problem or f"{check.tensor}: error {check.error:.2e}, allowed {check.allowed:.2e}"
-        console.print(f"[red]failed[/] {check.operator} on {check.backend}, {check.case}: {what}", highlight=False)
-    if json:
-        verification.write_json(json)
-        console.print(f"every check: {json}")
+        _line(f"failed: {check.operator} on {check.backend}, {check.case}: {what}", "red")
+    if json_path:
+        verification.write_json(json_path)
+        _line(f"every check: {json_path}")
     if not verification.checks:
         console.print("[yellow]nothing could run here[/]")
     if not verification.passed:
@@ -235,20 +255,23 @@ def verify(
 
 def main() -> None:
     """Run the command line; what a user did wrong is one line and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the encoding does not know is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        message = Text.assemble(("error:", "bold red"), " ", str(error) or type(error).__name__)
+        Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error) or type(error).__name__)
+def _line(text: str, style: str = "") -> None:
+    """Print words that may hold a path: as they are, never broken, never taken for markup."""
+    console.print(Text(text, style), soft_wrap=True)
 
 
 def _device(name: str) -> str:
@@ -256,18 +279,19 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, but PyTorch sees no GPU; `mitnet-fast doctor` says more")
-    try:
-        return str(torch.device(name))
-    except RuntimeError:
-        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda and cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: got {name!r}, allowed are auto, cpu, cuda and cuda:N")
+    device = torch.device(name)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device: got {name!r}, but PyTorch sees {gpus or 'no'} GPU; `mitnet-fast doctor` says more")
+    return name
 
 
 def _describe(card: dict[str, object]) -> None:
     """Say what the weights are; those of the demo must never pass for trained ones."""
     known = [f"{name} {card[name]}" for name in ("system", "width", "data") if card.get(name) is not None]
-    console.print("weights: " + (", ".join(known) or "no card"), highlight=False)
+    _line("weights: " + (", ".join(known) or "no card"))
     if card.get("demo"):
         console.print(
             "[yellow]these are demo weights: trained for minutes on a handful of photographs, to show that it works[/]"
@@ -279,7 +303,7 @@ class _progress:
 
     def __init__(self, what: str) -> None:
         columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, console=console, transient=True)
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self):
         self.progress.start()

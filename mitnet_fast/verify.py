@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from .ops import BACKENDS, _dynamic_filter
 from .ops._backends import FAMILIES, Kernels, why_not
@@ -74,7 +74,8 @@ class Verification:
     def render(self) -> Table:
         """One row for each operator, backend and dtype: the worst error, its share of what is allowed, and
         the median ratio to the error of plain PyTorch."""
-        table = Table("operator", "backend", "dtype", "calls", "error", "of allowed", "vs eager", "")
+        operator = Column("operator", overflow="fold")
+        table = Table(operator, "backend", "dtype", "calls", "error", "of allowed", "vs eager", "")
         for column in table.columns[3:7]:
             column.justify = "right"
         groups: dict[tuple[str, str, str, str], list[Check]] = {}

@@ -1,13 +1,18 @@
 """The command line as users type it: right words work, wrong words are one line and an exit code."""
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from mitnet_fast import __version__
 from mitnet_fast.cli import app
+from mitnet_fast.models import DepthNet
+from mitnet_fast.weights import save_weights
 
 COMMANDS = ["doctor", "demo", "train", "dehaze", "evaluate", "verify", "data"]
 
@@ -16,8 +21,9 @@ def run(*words):
     return CliRunner().invoke(app, list(words))
 
 
-def run_process(*words):
-    return subprocess.run([sys.executable, "-m", "mitnet_fast", *words], capture_output=True, text=True)
+def run_process(*words, **environment):
+    command = [sys.executable, "-m", "mitnet_fast", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def test_version():
@@ -56,6 +62,8 @@ def test_training_configuration_is_shown_whole():
         (["dehaze", "missing.png", "-w", "missing.pt", "-o", "out"], "missing.pt"),
         (["evaluate", "missing", "-w", "missing.pt"], "missing"),
         (["data", "check", "missing"], "missing"),
+        (["train", "--resume", "--show", "--run", "run"], "presets are"),
+        (["train", "mitnet-its", "--checkpoint", "run/previous.pt"], "--resume"),
         (["verify", "--family", "filters"], "family: got 'filters'"),
         (["verify", "--backend", "gpu"], "backend: got 'gpu'"),
         (["demo", "--system", "other", "-o", "out"], "other"),
@@ -86,7 +94,71 @@ def test_missing_words_are_named(words, message):
     assert message.lower() in answer.output.lower()
 
 
-def test_a_device_that_is_not_there(tmp_path):
-    answer = run_process("dehaze", "a.png", "-w", "missing.pt", "-o", str(tmp_path / "out"), "--device", "mps:x")
+@pytest.mark.parametrize("device", ["mps:x", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(device, tmp_path):
+    answer = run_process("dehaze", "a.png", "-w", "missing.pt", "-o", str(tmp_path / "out"), "--device", device)
     assert answer.returncode == 2
-    assert "device: got 'mps:x'" in answer.stderr
+    assert f"device: got '{device}'" in answer.stderr
+
+
+@pytest.mark.parametrize("folder", ["2024", "[red]x[/red]", "null", "a: b #c", "long " * 30 + "name"])
+def test_shown_configuration_can_be_read_again_whatever_the_folder_is_called(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = run("train", "mitnet-its", "--show", "--data", folder)
+    assert answer.exit_code == 0, answer.output
+    assert yaml.safe_load(answer.output)["data"]["root"] == str(tmp_path / folder)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the training was started with, instead of starting it."""
+    calls = []
+
+    def train(config, folder, *, resume, **options):
+        calls.append((config and config.preset, str(folder), resume and str(resume)))
+        return SimpleNamespace(finished=True)
+
+    monkeypatch.setattr("mitnet_fast.training.train", train)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (["mitnet-its"], ("mitnet-its", "runs/mitnet-its", False)),
+        (["mitnet-its", "--resume"], ("mitnet-its", "runs/mitnet-its", "True")),
+        (["--resume", "--run", "kept"], (None, "kept", "True")),
+        (["--resume", "kept"], (None, "kept", "True")),
+        (["--resume", "kept", "--checkpoint", "kept/previous.pt"], (None, "kept", "kept/previous.pt")),
+    ],
+)
+def test_what_a_run_is_resumed_from(words, call, started, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "mitnet-its").mkdir()  # a preset's name stays a preset
+    answer = run("train", *words)
+    assert answer.exit_code == 0, answer.output
+    assert started == [call]
+
+
+def test_a_run_folder_given_twice(tmp_path):
+    answer = run("train", "--resume", str(tmp_path), "--run", "other")
+    assert answer.exit_code == 2
+    assert "given twice" in answer.output
+
+
+def test_weights_of_a_depth_network_restore_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_weights("[/red] depth.safetensors", DepthNet((4, 4, 8, 8), 4), {"data": "[/red]"})
+    (tmp_path / "a.png").touch()
+    answer = run_process("dehaze", "a.png", "-w", "[/red] depth.safetensors", "-o", "out")
+    assert answer.returncode == 2
+    assert "data [/red]" in answer.stdout
+    assert "model: DepthNet restores no images" in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_the_terminal_cannot_encode():
+    answer = run_process("doctor", PYTHONIOENCODING="ascii:strict")
+    assert answer.returncode == 0, answer.stderr
+    assert "PyTorch" in answer.stdout
