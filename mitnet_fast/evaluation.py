@@ -19,10 +19,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL
@@ -36,7 +38,7 @@ from torch import nn
 from . import __version__
 from .data.files import atomic_write
 from .data.images import decoder_versions
-from .inference import place, restore
+from .inference import check_restores, place, restore
 from .losses.ssim import ssim
 
 LUMA = (65.481, 128.553, 24.966)  # of [0, 1] channels, in 8-bit levels above 16
@@ -206,7 +208,7 @@ class Evaluation:
             measured = ["", "", ""] if image.error else [image.height, image.width, f"{image.seconds:.6f}"]
             table.writerow([image.name, *measured, *values, image.error, *self.versions.values()])
         with atomic_write(path) as stream:
-            stream.write(text.getvalue().encode("utf-8"))
+            stream.write(text.getvalue().encode("utf-8", "surrogateescape"))  # names as they are on disk
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.render()
@@ -251,12 +253,15 @@ def evaluate(
         progress: called with the number of images done and of all.
 
     Raises:
-        ValueError: unknown protocol, or none.
-        OSError: the CSV cannot be written.
+        ValueError: unknown protocol, or none; a network that restores no images.
+        OSError: the CSV cannot be written; where its folder shows that, before the first image.
     """
+    check_restores(model)
     rules = [_protocol(name) for name in protocols]
     if not rules:
         raise ValueError(f"protocols: expected at least one of {', '.join(PROTOCOLS)}")
+    if csv_path is not None:
+        _check_target(Path(csv_path))
     device = place(model, device)
     images = []
     for index in range(len(dataset)):
@@ -299,6 +304,16 @@ def _evaluate_image(
             seconds.append(elapsed)
         scores[rule.name] = score(restored[seen.shape], rule.cut(clear), rule.name)
     return ImageScores(name, *hazy.shape[-2:], seconds[0], scores)
+
+
+def _check_target(path: Path) -> None:
+    """Raise before hours of work what would be raised after them."""
+    if path.is_dir():
+        raise IsADirectoryError(f"csv_path: {path} is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"csv_path: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"csv_path: the folder {path.parent} cannot be written to")
 
 
 def _protocol(name: str) -> Protocol:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
@@ -92,7 +92,8 @@ class Summary:
     def render(self) -> Table:
         """Table of the files with sizes, times, deviations and errors."""
         done = len(self.results) - len(self.failures)
-        table = Table("file", "size", "network / s", "result", title=f"{done} of {len(self.results)} files")
+        file, result = Column("file", overflow="fold"), Column("result", overflow="fold")
+        table = Table(file, "size", "network / s", result, title=f"{done} of {len(self.results)} files")
         table.caption = f"{self.seconds:.1f} s in all"
         for result in self.results:
             if result.error:
@@ -149,8 +150,10 @@ def dehaze_files(
         What became of every file.
 
     Raises:
-        ValueError: an argument outside what is allowed, no or missing inputs, a folder without images, results that
-            would have the same name or replace an input; nothing has been written then.
+        ValueError: an argument outside what is allowed, a network that restores no images, no or missing inputs, a
+            folder without images, results that would have the same name or replace an input; nothing has been written
+            then.
+        OSError: ``output_dir`` cannot be made or written to.
     """
     check_tiling(tile, overlap)
     check_dtype(dtype)
@@ -161,6 +164,10 @@ def dehaze_files(
         raise ValueError(f"output_dir: {output_dir} is a file")
     jobs = _plan(inputs, output_dir, suffix, extension, recursive, overwrite)
     place_of_model = place(model, device)
+    check_restores(model)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(output_dir, os.W_OK):
+        raise PermissionError(f"output_dir: {output_dir} cannot be written to")
     run = partial(restore, model, device=place_of_model, dtype=dtype, overlap=overlap, self_ensemble=self_ensemble)
     started = time.perf_counter()
     results = []
@@ -271,6 +278,12 @@ def place(model: nn.Module, device: str | torch.device | None) -> torch.device:
     return torch.device(device)
 
 
+def check_restores(model: nn.Module) -> None:
+    """Raise ValueError unless a network restores images; a depth network, for one, does not."""
+    if not callable(getattr(model, "restore", None)):
+        raise ValueError(f"model: {type(model).__name__} restores no images, expected a network with restore(image)")
+
+
 def check_tiling(tile: int | None, overlap: int) -> None:
     """Raise ValueError unless ``tile`` is None or at least 1 and ``overlap`` below it."""
     if tile is not None and (tile < 1 or not 0 <= overlap < tile):
@@ -369,7 +382,7 @@ def _files_of(path: Path, output_dir: Path, recursive: bool) -> Sequence[tuple[P
         for file in sorted(path.rglob("*") if recursive else path.iterdir())
         if file.suffix.lower() in EXTENSIONS
         and not file.name.startswith(".")
-        and file.is_file()
+        and (file.is_file() or (file.is_symlink() and not file.exists()))  # a broken link is a file that fails
         and (written is None or written not in file.resolve().parents)
     ]
     if not found:
@@ -378,7 +391,7 @@ def _files_of(path: Path, output_dir: Path, recursive: bool) -> Sequence[tuple[P
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    status = path.stat() if path.exists() else path.lstat()
     return status.st_dev, status.st_ino
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,28 @@ class TestEvaluate:
         with pytest.raises(KeyboardInterrupt):
             evaluate(Darken(), dataset, progress=stop, csv_path=tmp_path / "scores.csv")
         assert not (tmp_path / "scores.csv").exists()
+
+    def test_names_that_are_not_unicode(self, tmp_path: Path) -> None:
+        name = os.fsdecode(b"hazy/caf\xe9.png")
+        Evaluation((ImageScores(name, error="damaged"),), ("full-rgb",), {}).write_csv(tmp_path / "scores.csv")
+        assert b"\nhazy/caf\xe9.png," in (tmp_path / "scores.csv").read_bytes()
+
+    def test_a_csv_that_cannot_be_written_is_found_before_the_work(
+        self, dataset: PairedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Darken()
+        with pytest.raises(FileNotFoundError, match=r"csv_path: there is no folder .*missing"):
+            evaluate(model, dataset, csv_path=tmp_path / "missing/scores.csv")
+        with pytest.raises(IsADirectoryError, match=r"csv_path: .* is a folder"):
+            evaluate(model, dataset, csv_path=tmp_path)
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
+        with pytest.raises(PermissionError, match=r"csv_path: .* cannot be written to"):
+            evaluate(model, dataset, csv_path=tmp_path / "scores.csv")
+        assert model.sizes == []
+
+    def test_network_that_restores_nothing(self, dataset: PairedImages) -> None:
+        with pytest.raises(ValueError, match="model: Identity restores no images"):
+            evaluate(nn.Identity(), dataset)
 
     @pytest.mark.parametrize(
         ("protocols", "words"), [(["psnr"], "protocol: expected one of"), ([], "protocols: expected at least one")]

@@ -241,6 +241,24 @@ class TestFailures:
         assert files(tmp_path / "out") == ["a.png"]
         assert np.array_equal(load(tmp_path / "out/a.png"), 255 - picture())
 
+    def test_a_broken_link_is_reported(self, tmp_path: Path) -> None:
+        save(tmp_path / "in/a.png", picture())
+        (tmp_path / "in/b.png").symlink_to("nowhere.png")
+        (tmp_path / "in/c.png").symlink_to("c.png")
+        summary = dehaze_files(Invert(), tmp_path / "in", tmp_path / "out")
+        assert [result.input.name for result in summary.failures] == ["b.png", "c.png"]
+        assert summary.failures[0].error == f"{tmp_path / 'in/b.png'}: no such file"
+        assert files(tmp_path / "out") == ["a.png"]
+
+    def test_long_paths_are_shown_whole(self, tmp_path: Path) -> None:
+        name = "photograph-" * 12 + ".png"
+        summary = dehaze_files(Invert(), save(tmp_path / name, picture()), tmp_path / "out")
+        console = Console(width=60, file=io.StringIO())
+        console.print(summary)
+        rows = [line.split("│") for line in console.file.getvalue().splitlines() if line.count("│") == 5]
+        assert "".join(row[1].strip() for row in rows) == str(tmp_path / name)
+        assert "".join(row[4].strip() for row in rows) == str(tmp_path / "out" / name)
+
 
 class TestRefusals:
     def refused(self, words: str, *arguments: object, **options: object) -> None:
@@ -265,6 +283,20 @@ class TestRefusals:
     def test_output_is_a_file(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", picture())
         self.refused(r"output_dir: .*a\.png is a file", path, path)
+
+    def test_output_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source, model = save(tmp_path / "a.png", picture()), Invert()
+        with pytest.raises(NotADirectoryError):
+            dehaze_files(model, source, source / "out")
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write anywhere
+        with pytest.raises(PermissionError, match=r"output_dir: .*out cannot be written to"):
+            dehaze_files(model, source, tmp_path / "out")
+        assert model.seen == []
+
+    def test_network_that_restores_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="model: Identity restores no images"):
+            dehaze_files(nn.Identity(), save(tmp_path / "a.png", picture()), tmp_path / "out")
+        assert files(tmp_path) == ["a.png"]
 
     def test_two_results_of_one_name(self, tmp_path: Path) -> None:
         for name in ("x/a.png", "y/a.png", "z/a.jpg"):

@@ -33,7 +33,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .images import EXTENSIONS, ImageError, read_pixels, read_size
@@ -297,7 +297,7 @@ class Report:
             sizes.add_row(split, str(len(content.pairs)), str(content.hazy), str(content.clear))
         if not self.problems:
             return Group(name, sizes, Text("no problems", "green"))
-        found = Table("problem", "number", "where")
+        found = Table("problem", "number", Column("where", overflow="fold"))
         for (kind, fatal), count in self.counts().items():
             same = [problem.message for problem in self.problems if (problem.kind, problem.fatal) == (kind, fatal)]
             more = [f"… and {count - limit} more"] if count > limit else []
@@ -324,7 +324,7 @@ def recognise(root: str | PathLike[str], layout: str | None = None) -> Recognise
     wanted = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
     tree = _Tree(root)
     candidates = [candidate for each in wanted for candidate in _candidates(tree, each)]
-    scored = [(sum(len(split.pairs) for split in candidate.splits.values()), candidate) for candidate in candidates]
+    scored = [(_score(candidate), candidate) for candidate in candidates]
     best = max((score for score, _ in scored), default=0)
     if best == 0:
         raise DataError(_unknown(tree, wanted))
@@ -600,13 +600,19 @@ def _unknown(tree: _Tree, wanted: Sequence[Layout]) -> str:
     hints = [
         f"{tree.root / folder} looks like {candidate.layout.name}"
         for folder in tree.folders()[:20]
-        for candidate in [_first_that_pairs(_Tree(tree.root / folder))]
+        for candidate in [_most_pairs(_Tree(tree.root / folder))]
         if candidate
     ]
     looked = "\n  ".join(layout.describe() for layout in wanted)
     return "\n".join([f"{tree.root}: no layout fits. Looked for\n  {looked}", f"Found {'; '.join(found)}.", *hints])
 
 
-def _first_that_pairs(tree: _Tree) -> Recognised | None:
-    found = (candidate for layout in LAYOUTS.values() for candidate in _candidates(tree, layout))
-    return next((each for each in found if any(split.pairs for split in each.splits.values())), None)
+def _most_pairs(tree: _Tree) -> Recognised | None:
+    """What `recognise` would take the folder for, ambiguous or not."""
+    scored = [(_score(candidate), candidate) for layout in LAYOUTS.values() for candidate in _candidates(tree, layout)]
+    best, found = max(scored, key=lambda entry: entry[0], default=(0, None))
+    return found if best else None
+
+
+def _score(candidate: Recognised) -> int:
+    return sum(len(split.pairs) for split in candidate.splits.values())

@@ -285,6 +285,7 @@ class TestUnknown:
 
     def test_points_at_the_folder_below(self, tmp_path: Path) -> None:
         put(tmp_path, "indoor/hazy/1_1.png", "indoor/gt/1.png", "outdoor/hazy/0001_0.8_0.2.jpg", "outdoor/gt/0001.png")
+        put(tmp_path, "outdoor/hazy/0001_1_0.2.jpg")  # ITS has such names too, but fewer of these
         with pytest.raises(DataError) as caught:
             recognise(tmp_path)
         assert f"{tmp_path / 'indoor'} looks like sots-indoor\n{tmp_path / 'outdoor'} looks like ots" in str(
