@@ -97,7 +97,9 @@ class Data(Section):
 class DCMPNetData(Data):
     """What is trained on, and the depth of the clear images."""
 
-    augment: Literal["mitnet", "dcmpnet", "none"] = Field("dcmpnet", description="see above")
+    augment: Literal["mitnet", "dcmpnet", "none"] = Field(
+        "dcmpnet", description="the release's crops, flips, rotations"
+    )
     depth: str | None = Field(None, description="folder of depth maps, or 'none' to train without the depth terms")
 
     @field_validator("depth")

@@ -205,7 +205,12 @@ class System(abc.ABC):
                 )
                 for name in self.batch_names
             }
-            yield {name: to_float(value) if value.dtype == torch.uint8 else value for name, value in part.items()}
+            yield {
+                name: to_float(value).contiguous(memory_format=self.memory_format)
+                if value.dtype == torch.uint8
+                else value
+                for name, value in part.items()
+            }
 
     def _update(self) -> None:
         for optimizer in self.optimizers.values():

@@ -270,7 +270,7 @@ class _Trainer:
         """The steps of the epoch that are left, or as many as are asked for."""
         if self.step_in_epoch == self.batches.steps:
             return  # stopped between the last step of an epoch and its end
-        started = time.perf_counter()
+        asked = ended = time.perf_counter()
         for batch in self._train_batches():
             came = time.perf_counter()
             learning_rate = self.system.learning_rate
@@ -279,15 +279,13 @@ class _Trainer:
             except TrainingDiverged as error:
                 self._save()
                 raise TrainingDiverged(
-                    f"{error}. {self.folder / 'last.safetensors'} holds them; run.weights "
-                    "starts a new run from that file"
+                    f"{error}. To start a new run from the weights, set run.weights={self.folder / 'last.safetensors'}"
                 ) from None
             self.step += 1
             self.step_in_epoch += 1
             self.means.add(values)
-            ended = time.perf_counter()
-            self.clock.add(self.config.data.batch, ended - started, came - started)
-            started = ended
+            before, ended = ended, time.perf_counter()
+            self.clock.add(self.config.data.batch, ended - before, came - asked)
             last = self.step_in_epoch == self.batches.steps
             if last or self.step % self.config.output.log_every == 0:
                 self._log(learning_rate)
@@ -297,6 +295,7 @@ class _Trainer:
                 return
             if not last and self.step % self.config.output.checkpoint_every == 0:
                 self._save()
+            asked = time.perf_counter()
 
     def _train_batches(self) -> Iterator[dict[str, Any]]:
         if hasattr(self.train_set, "set_epoch"):

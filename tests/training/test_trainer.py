@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -202,6 +203,48 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(small_config("mitnet"), tmp_path, Samples(8, on_item=interrupt))
     assert load_checkpoint(tmp_path / "last.pt")["position"]["step"] == 0
+
+
+KILLED = """
+import sys, torch
+from tests.training.samples import Samples, small_config
+from tests.training.test_trainer import EVERYTHING
+from mitnet_fast.training import train
+torch.set_num_threads(1)
+config = small_config("mitnet", *EVERYTHING["mitnet"], "output.checkpoint_every=1")
+resume = sys.argv[2] == "resume"
+datasets = (Samples(8), Samples(2, side=24))
+train(config, sys.argv[1], datasets=datasets, progress=False, resume=resume, overwrite=not resume)
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_process_goes_on_as_if_it_had_not_been_killed(seed, uninterrupted, tmp_path):
+    delays = random.Random(seed)
+    folder = tmp_path / "run"
+    for attempt in range(40):
+        how = "resume" if (folder / "last.pt").exists() else "begin"
+        command = [sys.executable, "-c", KILLED, str(folder), how]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+        log, started = folder / "versions.json", time.monotonic()
+        starts = len(json.loads(log.read_text())) if log.exists() else 0
+        while process.poll() is None and time.monotonic() < started + 120:  # the start itself takes the longest
+            if log.exists() and len(json.loads(log.read_text())) > starts:
+                break
+            time.sleep(0.01)
+        if attempt < 6:
+            time.sleep(delays.uniform(0, 0.6))
+            process.kill()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            break
+    assert attempt > 0
+    expected, actual = load_checkpoint(uninterrupted["mitnet"] / "last.pt"), load_checkpoint(folder / "last.pt")
+    assert differences(actual, expected) == ["/config/output/checkpoint_every"]
+    for name in ("log.csv", "validation.csv"):
+        assert rows(folder, name) == rows(uninterrupted["mitnet"], name)
 
 
 SCRIPT = """
