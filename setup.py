@@ -156,6 +156,8 @@ has_compiler = bool(shutil.which(os.environ.get("CXX", "c++").split()[0]) or shu
 if mode == "auto" and not has_compiler:
     print("mitnet_fast: no C++ compiler found, building without the compiled half", file=sys.stderr)
     mode = "none"
+if mode in ("cpu", "cuda") and not has_compiler:
+    sys.exit(f"MITNET_FAST_BUILD={mode}: no C++ compiler (CXX, or c++ or g++ on PATH)")
 cuda_home = find_cuda_home() if mode in ("auto", "cuda") else None
 if mode == "cuda" and cuda_home is None:
     sys.exit("MITNET_FAST_BUILD=cuda: no nvcc with a static CUDA runtime in CUDA_HOME, on PATH or in pip's packages")

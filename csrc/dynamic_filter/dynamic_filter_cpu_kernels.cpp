@@ -263,11 +263,30 @@ class Arena {
   }
 
   int64_t bytes() const { return bytes_; }
+  char* rest() const { return memory_ + bytes_; }
 
  private:
   char* memory_;
   int64_t bytes_ = 0;
 };
+
+// Kernels below have `tasks` and a scratch for every thread, which scratch(arena) takes from an arena.
+template <typename Kernel>
+int64_t scratch_bytes(const Kernel& kernel, int64_t threads) {
+  Arena arena(nullptr);
+  kernel.scratch(arena);
+  return smaller(threads, kernel.tasks) * arena.bytes();
+}
+
+// Calls function(task, scratch) for every task; scratch_bytes(kernel, threads) bytes lie at `memory`.
+template <typename Kernel, typename Function>
+void for_each_task(const Kernel& kernel, char* memory, int threads, Function function) {
+  const int64_t bytes = scratch_bytes(kernel, 1);
+  parallel_tasks(kernel.tasks, threads, [&](int64_t task, int thread) {
+    Arena own(memory + thread * bytes);
+    function(task, kernel.scratch(own));
+  });
+}
 
 // The predictor's weight and bias in the arithmetic's type, in the order in which loops read them.
 template <typename S, int K>
@@ -328,6 +347,7 @@ struct PredictedForward {
   const int64_t features = call.predictor.feature_channels;
   const Tiling tiling = tiling_for(call.shape, 2 * channels + features, sizeof(T));
   const Planes layout{tiling, K / 2};
+  const int64_t tasks = call.shape.batch * tiling.tiles();
 
   struct Scratch {
     T *x, *features, *y;
@@ -341,20 +361,14 @@ struct PredictedForward {
   int64_t workspace_bytes(int threads) const {
     Arena arena(nullptr);
     PackedPredictor<S, K>(arena, call.shape, call.predictor, false);
-    for (int thread = 0; thread < threads; ++thread) scratch(arena);
-    return arena.bytes();
+    return arena.bytes() + scratch_bytes(*this, threads);
   }
 
   void launch(void* workspace, int threads) const {
     Arena arena(workspace);
     PackedPredictor<S, K> predictor(arena, call.shape, call.predictor, false);
     predictor.fill(call.shape, call.predictor);
-    char* const scratches = arena.take<char>(0);
-    Arena one(nullptr);
-    scratch(one);
-    parallel_tasks(call.shape.batch * tiling.tiles(), threads, [&](int64_t task, int thread) {
-      Arena own(scratches + thread * one.bytes());
-      const Scratch planes = scratch(own);
+    for_each_task(*this, arena.rest(), threads, [&](int64_t task, const Scratch& planes) {
       const Tile tile = tiling.tile(task / tiling.tiles(), task % tiling.tiles());
       load_tile_with_halo<S>(call.x, 0, channels, tile, tiling, layout, planes.x);
       load_tile<S>(call.predictor.features, 0, features, tile, layout, planes.features);
@@ -384,21 +398,21 @@ struct PredictedBackward {
   // them: those of all groups take a fraction of what one map of filters would.
   const int64_t tiles = batch * tiling.tiles();
   const int64_t pixels = batch * call.shape.height * call.shape.width;
-  const int64_t groups =
+  const int64_t tasks =
       sums_weights ? smaller(tiles, larger(1, smaller(enough_tasks, pixels / (4 * features)))) : tiles;
 
-  int64_t first_tile(int64_t group) const { return group * tiles / groups; }
+  int64_t first_tile(int64_t group) const { return group * tiles / tasks; }
 
   // Sums of all groups: grad_weight's by group, grad_bias's by group and sample. Both numbers only grow
   // from tile to tile, so that their sum tells apart all pairs that occur.
   struct Sums {
-    T* weight;  // [groups, C·K², Cf]
-    T* bias;    // [groups + B, C·K²]
+    T* weight;  // [tasks, C·K², Cf]
+    T* bias;    // [tasks + B, C·K²]
   };
 
   Sums sums(Arena& arena) const {
-    return {arena.take<T>(call.grad_weight ? groups * rows * features : 0),
-            arena.take<T>(call.grad_bias ? (groups + batch) * rows : 0)};
+    return {arena.take<T>(call.grad_weight ? tasks * rows * features : 0),
+            arena.take<T>(call.grad_bias ? (tasks + batch) * rows : 0)};
   }
 
   struct Scratch {
@@ -421,8 +435,7 @@ struct PredictedBackward {
     Arena arena(nullptr);
     PackedPredictor<S, K>(arena, call.shape, call.predictor, true);
     sums(arena);
-    for (int thread = 0; thread < threads; ++thread) scratch(arena);
-    return arena.bytes();
+    return arena.bytes() + scratch_bytes(*this, threads);
   }
 
   void launch(void* workspace, int threads) const {
@@ -430,12 +443,7 @@ struct PredictedBackward {
     PackedPredictor<S, K> predictor(arena, call.shape, call.predictor, true);
     predictor.fill(call.shape, call.predictor);
     const Sums all_sums = sums(arena);
-    char* const scratches = arena.take<char>(0);
-    Arena one(nullptr);
-    scratch(one);
-    parallel_tasks(groups, threads, [&](int64_t group, int thread) {
-      Arena own(scratches + thread * one.bytes());
-      const Scratch planes = scratch(own);
+    for_each_task(*this, arena.rest(), threads, [&](int64_t group, const Scratch& planes) {
       Sums own_sums{all_sums.weight + group * rows * features, all_sums.bias};
       if (call.grad_weight) __builtin_memset(own_sums.weight, 0, rows * features * sizeof(T));
       for (int64_t index = first_tile(group); index < first_tile(group + 1); ++index) {
@@ -493,7 +501,7 @@ struct PredictedBackward {
       if (call.grad_weight) {
         for (int64_t j = 0; j < features; ++j) {
           double sum = 0;
-          for (int64_t group = 0; group < groups; ++group) sum += all_sums.weight[(group * rows + row) * features + j];
+          for (int64_t group = 0; group < tasks; ++group) sum += all_sums.weight[(group * rows + row) * features + j];
           static_cast<S*>(call.grad_weight)[row * features + j] = static_cast<S>(sum);
         }
       }
@@ -501,7 +509,7 @@ struct PredictedBackward {
         double sum = 0;
         for (int64_t group = 0, sample = 0; sample < batch; ++sample) {
           // groups with tiles of this sample; the last of them may go on in the next one
-          for (; group < groups && first_tile(group) < (sample + 1) * tiling.tiles(); ++group)
+          for (; group < tasks && first_tile(group) < (sample + 1) * tiling.tiles(); ++group)
             sum += all_sums.bias[(group + sample) * rows + row];
           if (group > 0 && first_tile(group) > (sample + 1) * tiling.tiles()) --group;
           if (call.predictor.bias_per_sample) {
@@ -515,8 +523,8 @@ struct PredictedBackward {
   }
 };
 
-// Given filters are read once: a task works through the channels of a tile in groups whose filters
-// fit in cache. Where rows of pixels lie in memory that is one channel at a time, where channels do, many.
+// Given filters are read once: a task is a group of channels of a tile whose filters fit in cache. Where
+// rows of pixels lie in memory that is one channel, where channels do, as many as there is room for.
 template <typename S, int K>
 struct GivenFilters {
   using T = Arithmetic<S>;
@@ -524,10 +532,12 @@ struct GivenFilters {
   const DynamicFilterShape& shape;
   const ConstMapView& filters;
   const bool rows = filters.stride_w == 1;
-  const Tiling tiling{shape.height, shape.width, rows ? 4096 : 1024, rows ? 256 : 64};
+  const Tiling tiling{shape.height, shape.width, rows ? 4096 : 512, rows ? 256 : 32};
   const Planes layout{tiling, K / 2};
   const int64_t fit = larger(1, cache / ((K * K + 3) * layout.stride * static_cast<int64_t>(sizeof(T))));
   const int64_t group = rows ? 1 : divide_up(shape.channels, divide_up(shape.channels, fit));
+  const int64_t groups = divide_up(shape.channels, group);
+  const int64_t tasks = shape.batch * tiling.tiles() * groups;
 
   struct Scratch {
     T *x, *grad, *filters, *out;
@@ -538,21 +548,13 @@ struct GivenFilters {
             arena.take<T>(group * K * K * layout.stride), arena.take<T>(group * layout.stride)};
   }
 
-  int64_t workspace_bytes(int threads) const {
-    Arena arena(nullptr);
-    scratch(arena);
-    return threads * arena.bytes();
-  }
-
   // function(tile, first channel, channels, planes) for every group of channels of every tile
   template <typename Function>
-  void for_each(void* workspace, int threads, Function function) const {
-    const int64_t bytes = workspace_bytes(1);
-    parallel_tasks(shape.batch * tiling.tiles(), threads, [&](int64_t task, int thread) {
-      Arena own(static_cast<char*>(workspace) + thread * bytes);
-      const Scratch planes = scratch(own);
-      const Tile tile = tiling.tile(task / tiling.tiles(), task % tiling.tiles());
-      for (int64_t c = 0; c < shape.channels; c += group) function(tile, c, smaller(group, shape.channels - c), planes);
+  void for_each_group(void* workspace, int threads, Function function) const {
+    for_each_task(*this, static_cast<char*>(workspace), threads, [&](int64_t task, const Scratch& planes) {
+      const int64_t channel = task % groups * group, index = task / groups;
+      function(tiling.tile(index / tiling.tiles(), index % tiling.tiles()), channel,
+               smaller(group, shape.channels - channel), planes);
     });
   }
 };
@@ -564,11 +566,11 @@ struct Forward {
   const DynamicFilterForward& call;
   const GivenFilters<S, K> work{call.shape, call.filters};
 
-  int64_t workspace_bytes(int threads) const { return work.workspace_bytes(threads); }
+  int64_t workspace_bytes(int threads) const { return scratch_bytes(work, threads); }
 
   void launch(void* workspace, int threads) const {
     const Planes& layout = work.layout;
-    work.for_each(workspace, threads, [&](const Tile& tile, int64_t c, int64_t channels, const auto& planes) {
+    work.for_each_group(workspace, threads, [&](const Tile& tile, int64_t c, int64_t channels, const auto& planes) {
       load_tile_with_halo<S>(call.x, c, channels, tile, work.tiling, layout, planes.x);
       load_tile<S>(call.filters, c * K * K, channels * K * K, tile, layout, planes.filters);
       forward_tile<T, K>(layout, layout.begin, layout.end(tile), channels, planes.x, planes.filters,
@@ -585,11 +587,11 @@ struct Backward {
   const DynamicFilterBackward& call;
   const GivenFilters<S, K> work{call.shape, call.filters};
 
-  int64_t workspace_bytes(int threads) const { return work.workspace_bytes(threads); }
+  int64_t workspace_bytes(int threads) const { return scratch_bytes(work, threads); }
 
   void launch(void* workspace, int threads) const {
     const Planes& layout = work.layout;
-    work.for_each(workspace, threads, [&](const Tile& tile, int64_t first, int64_t channels, const auto& planes) {
+    work.for_each_group(workspace, threads, [&](const Tile& tile, int64_t first, int64_t channels, const auto& planes) {
       const int64_t begin = layout.begin, end = layout.end(tile);
       load_tile_with_halo<S>(call.grad, first, channels, tile, work.tiling, layout, planes.grad);
       if (call.grad_x.data) {
