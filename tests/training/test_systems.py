@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from mitnet_fast.losses.contrastive import CHANNELS
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.training import ConfigError, TrainingDiverged, build_system
 from mitnet_fast.weights import DepthSharingDCMPNet, save_weights
@@ -126,6 +127,32 @@ def test_dcmpnet_without_depth_trains_the_dehazing_network_alone():
     assert system.batch_names == ("hazy", "clear")
     values = system.training_step(batch_of(2, depth=False))
     assert set(values) == {"total", "dehazing_loss", "restored", "gradient_norm"}
+
+
+@pytest.fixture(scope="module")
+def vgg_weights(tmp_path_factory):
+    """A file as torchvision's, with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for index, (before, after) in CHANNELS.items():
+        weight = torch.randn(after, before, 3, 3, generator=generator)
+        state[f"features.{index}.weight"] = weight * (2 / (9 * before)) ** 0.5
+        state[f"features.{index}.bias"] = torch.zeros(after)
+    path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_dcmpnet_takes_the_contrastive_term_and_keeps_vgg_out_of_its_state(vgg_weights):
+    overrides = ("loss.contrastive_weight=0.5", f"loss.vgg_weights={vgg_weights}")
+    values = step_with_noise(system := system_of("dcmpnet", *overrides))
+    plain = step_with_noise(system_of("dcmpnet"))
+    assert values["contrastive"] > 0
+    assert values["total"] == pytest.approx(plain["total"] + 0.5 * values["contrastive"], rel=1e-5)
+    assert not system.state_dict()["modules"]["loss"]
+    assert step_with_noise(system_of("dcmpnet", *overrides, "run.precision=bfloat16"))["contrastive"] == pytest.approx(
+        values["contrastive"], rel=0.05
+    )
 
 
 def test_dcmpnet_networks_see_images_from_minus_one_to_one():
