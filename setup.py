@@ -30,10 +30,10 @@ ROOT = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 MODES = ("auto", "cpu", "cuda", "none")
 # Instruction sets under PyTorch's names; csrc/common/cpu_capability.cpp chooses one at run time
-CPU_CAPABILITIES = {"DEFAULT": ""}
+CPU_CAPABILITIES = {"DEFAULT": "-DCPU_CAPABILITY_DEFAULT"}
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_CAPABILITIES["AVX2"] = "-mavx2 -mfma -mf16c"
-    CPU_CAPABILITIES["AVX512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    CPU_CAPABILITIES["AVX2"] = "-DCPU_CAPABILITY_AVX2 -mavx2 -mfma -mf16c"
+    CPU_CAPABILITIES["AVX512"] = "-DCPU_CAPABILITY_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
 
 def find_cuda_home() -> Path | None:
@@ -98,54 +98,72 @@ class BuildWithKernels(BuildExtension):
     """
 
     def build_extensions(self) -> None:
+        extension = self.extensions[0]
         try:
-            self.extensions[0].extra_objects = self.compile_kernels()
+            cuda_objects = self.compile_cuda_kernels() if cuda_home else []
+            if cuda_objects:
+                extension.define_macros += [
+                    ("MITNET_FAST_WITH_CUDA", None),
+                    ("MITNET_FAST_CUDA_VERSION", f'"{nvcc_version(cuda_home)}"'),
+                    ("MITNET_FAST_CUDA_ARCHITECTURES", f'"{";".join(architectures())}"'),
+                ]
+                # static: the extension then loads on machines without a CUDA toolkit
+                extension.extra_link_args += [
+                    f"-L{cudart_folder(cuda_home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread",
+                ]  # fmt: skip
+            extension.extra_objects = self.compile_cpu_kernels() + cuda_objects
             super().build_extensions()
         except Exception as error:
             if mode != "auto":
                 raise
             print(f"mitnet_fast: the compiled half could not be built and is left out: {error}", file=sys.stderr)
 
-    def compile_kernels(self) -> list[str]:
-        folder = Path(self.build_temp).resolve() / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        optimisation = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
+    def compile_cpu_kernels(self) -> list[str]:
+        """Objects of the CPU kernels, the narrowest instruction set first.
+
+        Of an inline function that no namespace keeps apart, the linker takes the first copy.
+        """
         includes = [f"-I{shlex.quote(str(path))}" for path in (ROOT / "csrc", *include_paths())]
-        lines = [
-            f"cxx = {get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden {' '.join(optimisation + includes)}",
-            "rule cpu",
-            "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        objects = []
-        # The narrowest comes first: of an inline function that no namespace keeps apart, a linker takes the first copy
-        for capability, flags in CPU_CAPABILITIES.items():
-            for source in cpu_kernels:
-                target = folder / f"{source.stem}_{capability}.o"
-                defines = f"-DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
-                lines += [f"build {escaped(target)}: cpu {escaped(source)}", f"  flags = {defines} {flags}"]
-                objects.append(str(target))
-        if cuda_home:
-            flags = [
-                "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC",
-                "-Xcompiler", "-fvisibility=hidden", *optimisation, *gencode(architectures()), includes[0],
-            ]  # fmt: skip
-            lines += [
-                f"nvcc = {shlex.quote(str(cuda_home / 'bin' / 'nvcc'))} {' '.join(flags)}",
-                "rule cuda",
-                "  command = $nvcc -MD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-            ]
-            for source in cuda_sources:
-                target = folder / f"{'_'.join(source.relative_to(ROOT / 'csrc').parts)}.o"
-                lines.append(f"build {escaped(target)}: cuda {escaped(source)}")
-                objects.append(str(target))
+        command = f"{get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden {' '.join(OPTIMISATION + includes)}"
+        return self.compile(
+            "cpu_kernels",
+            command,
+            {
+                f"{source.stem}_{capability}.o": (source, f"-DCPU_CAPABILITY={capability} {flags}")
+                for capability, flags in CPU_CAPABILITIES.items()
+                for source in cpu_kernels
+            },
+        )
+
+    def compile_cuda_kernels(self) -> list[str]:
+        """Objects of the CUDA sources; none where they do not compile and are not insisted on."""
+        flags = [
+            "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC",
+            "-Xcompiler", "-fvisibility=hidden", *OPTIMISATION, *gencode(architectures()),
+        ]  # fmt: skip
+        nvcc = shlex.quote(str(cuda_home / "bin" / "nvcc"))
+        command = f"{nvcc} {' '.join(flags)} -I{shlex.quote(str(ROOT / 'csrc'))}"
+        names = {source: f"{'_'.join(source.relative_to(ROOT / 'csrc').parts)}.o" for source in cuda_sources}
+        try:
+            return self.compile("cuda_kernels", command, {name: (source, "") for source, name in names.items()})
+        except subprocess.CalledProcessError:
+            if mode == "cuda":
+                raise
+            print("mitnet_fast: the CUDA half does not compile here and is left out", file=sys.stderr)
+            return []
+
+    def compile(self, name: str, command: str, objects: dict[str, tuple[Path, str]]) -> list[str]:
+        """Compile every object from its source with its flags by ninja, in a folder of this name."""
+        folder = Path(self.build_temp).resolve() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ["rule compile", f"  command = {command} $flags -MD -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        for target, (source, flags) in objects.items():
+            lines += [f"build {escaped(folder / target)}: compile {escaped(source)}", f"  flags = {flags}"]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), *jobs], check=True)
-        return objects
+        return [str(folder / target) for target in objects]
 
 
 mode = os.environ.get("MITNET_FAST_BUILD", "auto").lower()
@@ -162,38 +180,24 @@ cuda_home = find_cuda_home() if mode in ("auto", "cuda") else None
 if mode == "cuda" and cuda_home is None:
     sys.exit("MITNET_FAST_BUILD=cuda: no nvcc with a static CUDA runtime in CUDA_HOME, on PATH or in pip's packages")
 
+OPTIMISATION = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
 cpu_kernels = sorted((ROOT / "csrc").rglob("*_cpu_kernels.cpp"))
 cuda_sources = sorted((ROOT / "csrc").rglob("*.cu"))
 extensions = []
 if mode != "none":
-    macros = [("MITNET_FAST_TORCH_VERSION", f'"{torch.__version__}"')]
-    link = []
-    if cuda_home:
-        macros += [
-            ("MITNET_FAST_WITH_CUDA", None),
-            ("MITNET_FAST_CUDA_VERSION", f'"{nvcc_version(cuda_home)}"'),
-            ("MITNET_FAST_CUDA_ARCHITECTURES", f'"{";".join(architectures())}"'),
-        ]
-        # static: the extension then loads on machines without a CUDA toolkit
-        link = [f"-L{cudart_folder(cuda_home)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     sources = sorted(set((ROOT / "csrc").rglob("*.cpp")) - set(cpu_kernels))
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+    depends = [*headers, *cpu_kernels, *(cuda_sources if cuda_home else []), Path(__file__)]
     extensions = [
         CppExtension(
             "mitnet_fast._C",
             [str(path.relative_to(ROOT)) for path in sources],
             include_dirs=[str(ROOT / "csrc")],
-            define_macros=macros,
+            define_macros=[("MITNET_FAST_TORCH_VERSION", f'"{torch.__version__}"')],
             # -fopenmp for the compiler alone: the runtime has to be the one that PyTorch brings and has loaded
-            extra_compile_args=[
-                "-fopenmp",
-                "-fvisibility=hidden",
-                *(["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG", "-g0"]),
-            ],
-            extra_link_args=link,
-            depends=[
-                str(path.relative_to(ROOT)) for path in (*headers, *cpu_kernels, *(cuda_sources if cuda_home else []))
-            ],
+            extra_compile_args=["-fopenmp", "-fvisibility=hidden", *OPTIMISATION, *([] if debug else ["-g0"])],
+            extra_link_args=[],
+            depends=[str(path) for path in depends],
             optional=mode == "auto",
         )
     ]
