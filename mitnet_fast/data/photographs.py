@@ -192,8 +192,6 @@ class HazyPhotographs(Dataset):
         views: items per photograph and epoch.
         share: least and greatest side of the window, as a share of the photograph's shorter side; logarithmically
             uniform between them.
-        exchange_channels: put the colour channels in random order, so that few photographs teach fewer habits about
-            which colours there are.
         beta: range of the scattering coefficient, 1/m.
         airlight: range of the haze's brightness, in [0, 1].
         seed: at least 0.
@@ -209,7 +207,6 @@ class HazyPhotographs(Dataset):
         patch: int,
         views: int = 1,
         share: Range = (0.3, 1.0),
-        exchange_channels: bool = False,
         beta: Range = (0.2, 0.5),
         airlight: Range = (0.7, 1.0),
         seed: int = 0,
@@ -224,7 +221,6 @@ class HazyPhotographs(Dataset):
         self.patch = patch
         self.views = views
         self.share = share
-        self.exchange_channels = exchange_channels
         self.beta = beta
         self.airlight = airlight
         self.seed = seed
@@ -252,8 +248,6 @@ class HazyPhotographs(Dataset):
             _resized(geometry.apply(image), (self.patch, self.patch))
             for image in (photo.rgb, photo.depth, self._nearness[chosen])
         )
-        if self.exchange_channels:
-            clear = clear[generator.permutation(3)]
         noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
         hazy, _ = sample_haze(clear, depth, beta=self.beta, airlight=self.airlight, generator=noise)
         return {"hazy": hazy, "clear": clear, "depth": near, "name": photo.name}
