@@ -136,7 +136,7 @@ def dehaze(
     tile: Annotated[
         int | None, typer.Option(min=64, help="Side of the tiles, pixels; whole images by default.")
     ] = None,
-    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")] = 64,
+    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")] = 32,
     compare: Annotated[
         bool, typer.Option("--compare", help="With --tile: restore whole images too and report the deviation.")
     ] = False,

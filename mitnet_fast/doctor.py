@@ -8,7 +8,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -164,8 +166,12 @@ def _compiler(subject: str, names: list[str], use: str) -> Finding:
 
 def _nvcc() -> Finding:
     home = os.environ.get("CUDA_HOME")
-    path = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    if not path or not os.path.isfile(path):
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    places = [Path(home) / "bin" / "nvcc"] if home else []
+    places += [Path(found)] if (found := shutil.which("nvcc")) else []
+    places += sorted(packages.glob("cu*/bin/nvcc"), reverse=True)  # the order in which setup.py looks
+    path = next((str(place) for place in places if place.is_file()), None)
+    if path is None:
         return Finding("nvcc", "none found; needed only to build the CUDA half", good=False)
     return Finding("nvcc", f"{_first_line([path, '--version'], -2)} ({path})")
 

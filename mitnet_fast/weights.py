@@ -24,7 +24,7 @@ from torch import nn
 from . import __version__
 from .data.files import atomic_write
 from .models import CheckpointError, DCMPNet, DepthNet, MITNet
-from .models.official import read_official
+from .models.official import load_tensors, read_official
 
 CARD = "mitnet_fast"
 SHARED = "dcmpnet-shared-depth"
@@ -134,6 +134,8 @@ def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu
         CheckpointError: a published checkpoint with missing, unknown or misshapen entries.
     """
     path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path}: a folder; expected a file of weights, such as best.safetensors in a run's folder")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     model, card = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
@@ -202,7 +204,7 @@ def versions() -> dict[str, str]:
 
 def build_network(system: object, config: object, source: Path) -> nn.Module:
     """A network from what a card says; ``source`` is the file that said it."""
-    if system not in NETWORKS:
+    if not isinstance(system, str) or system not in NETWORKS:
         raise WeightsError(f"{source}: system is {system!r}, known are {', '.join(NETWORKS)}")
     try:
         return DepthSharingDCMPNet.from_config(**config) if system == SHARED else NETWORKS[system](**config)
@@ -244,12 +246,13 @@ def _load_safetensors(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _load_torch(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"{path}: neither safetensors nor a checkpoint that can be read safely: {reason}") from error
+        content = load_tensors(path)
+    except CheckpointError as error:
+        raise WeightsError(f"{error} (nor is it a safetensors file)") from error
     if isinstance(content, Mapping) and content.get("format") == TRAINING_CHECKPOINT:
-        weights = content["weights"]
+        weights = content.get("weights")
+        if not isinstance(weights, Mapping) or not {"system", "config", "state"} <= weights.keys():
+            raise WeightsError(f"{path}: a checkpoint of mitnet_fast's training without its weights")
         model = build_network(weights["system"], weights["config"], path)
         _load_state(model, weights["state"], path)
         return model, {key: value for key, value in weights.items() if key != "state"}

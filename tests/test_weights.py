@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from mitnet_fast import __version__
 from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, MITNet
 from mitnet_fast.weights import (
+    TRAINING_CHECKPOINT,
     DepthSharingDCMPNet,
     WeightsError,
     describe,
@@ -174,11 +175,11 @@ def test_foreign_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(WeightsError, match="expected a state dict, got list"):
         load_weights(path)
     torch.save(network("mitnet"), path)  # a pickled module runs code when it is read
-    with pytest.raises(WeightsError, match="neither safetensors nor a checkpoint that can be read safely"):
+    with pytest.raises(WeightsError, match=r"no checkpoint of tensors: .*nor is it a safetensors file"):
         load_weights(path)
     for content in (b"", b"text", bytes(range(200))):
         path.write_bytes(content)
-        with pytest.raises(WeightsError, match="neither safetensors nor a checkpoint"):
+        with pytest.raises(WeightsError, match="no checkpoint of tensors"):
             load_weights(path)
     for function in (load_weights, read_card):
         with pytest.raises(FileNotFoundError, match="no such file of weights"):
@@ -209,3 +210,29 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         save_weights(path, network("mitnet"), {"demo": True})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": TRAINING_CHECKPOINT}, "without its weights"),
+        ({"format": TRAINING_CHECKPOINT, "weights": [1]}, "without its weights"),
+        ({"format": TRAINING_CHECKPOINT, "weights": {"system": ["x"], "config": {}, "state": {}}}, "system is"),
+    ],
+)
+def test_checkpoints_that_lie_about_themselves_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(tmp_path / "weights.pt")
+
+
+def test_a_folder_and_a_file_with_code_say_what_they_are(tmp_path):
+    with pytest.raises(WeightsError, match="a folder"):
+        load_weights(tmp_path)
+
+    torch.save({"weight": print}, tmp_path / "code.pt")
+    with pytest.raises(WeightsError, match=r"holds print, which is more than tensors and could run code"):
+        load_weights(tmp_path / "code.pt")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage" * 100)
+    with pytest.raises(WeightsError, match=r"damaged, or not written by torch\.save"):
+        load_weights(tmp_path / "garbage.pt")

@@ -24,6 +24,26 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be what it is said to be; the message lists every difference."""
 
 
+def load_tensors(path: str | PathLike[str]) -> object:
+    """Read a file of ``torch.save`` without running any code that it may hold.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged, no such file, or holds more than tensors and plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        forbidden = re.search(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)", str(error))
+        if forbidden:
+            reason = f"it holds {forbidden[1]}, which is more than tensors and could run code; it is not loaded"
+        else:
+            reason = "it is damaged, or not written by torch.save"
+        raise CheckpointError(f"{path}: no checkpoint of tensors: {reason}") from error
+
+
 def read_official(source: str | PathLike[str] | Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Read a published checkpoint into a plain state dict under the official names.
 
@@ -39,13 +59,7 @@ def read_official(source: str | PathLike[str] | Mapping[str, object]) -> dict[st
     if isinstance(source, Mapping):
         content: object = source
     else:
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # torch.load raises whatever its unpickler meets
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{source}: not a checkpoint of tensors that can be read safely: {reason}") from error
+        content = load_tensors(source)
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:

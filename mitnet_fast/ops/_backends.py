@@ -171,6 +171,7 @@ def choose(kernels: Kernels, backend: str | None, device_type: str, dtype: torch
     for candidate in preference(kernels.family, device_type):
         if not why_not(kernels, candidate, device_type, dtype):
             if not torch.compiler.is_compiling():
+                _say_what_is_missing()
                 _log(kernels.family, candidate, device_type, dtype)
             return candidate
     return "reference"
@@ -180,6 +181,13 @@ def preference(family: str, device_type: str) -> tuple[str, ...]:
     """Backends in the order in which they are tried."""
     entry = PREFERENCES[family].get(device_type)
     return tuple(entry["order"]) if entry else ("reference",)
+
+
+@cache
+def _say_what_is_missing() -> None:
+    """Once in a process: without the compiled half everything works, slower."""
+    if EXTENSION is None:
+        logger.warning("mitnet_fast: %s; plain PyTorch runs instead, slower", WHY_NOT)
 
 
 @cache

@@ -278,13 +278,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         values = _read_yaml(Path(source))
     name = values.get("preset")
     if name is not None:
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset: got {name!r}, allowed are {', '.join(PRESETS)}" + _similar(name, PRESETS))
         values = _merge(PRESETS[name], values)
     for override in overrides:
         values = _merge(values, parse_override(override))
     system = values.get("system")
-    if system not in SYSTEMS:
+    if not isinstance(system, str) or system not in SYSTEMS:
         raise ConfigError(f"system: got {system!r}, allowed are {', '.join(SYSTEMS)}; or name a preset")
     try:
         return SYSTEMS[system].model_validate(values)

@@ -223,4 +223,4 @@ class Display:
     def say(self, text: str) -> None:
         """Write a line above the bar."""
         if self.enabled:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text, highlight=False, markup=False)

@@ -574,8 +574,8 @@ def _open_datasets(config: Configuration) -> tuple[Dataset, Dataset | None]:
     depth = getattr(data, "depth", "none")
     if depth is None:
         raise ConfigError(
-            "data.depth: not set; it is the folder of the clear images' depth maps, which `mitnet-fast data depth` "
-            "computes, or none to train without the depth terms"
+            "data.depth: not set; it is the folder of the clear images' depth maps, named like them, "
+            "or none to train without the depth terms"
         )
     train_set = PairedImages(
         data.root,
