@@ -170,7 +170,7 @@ def test_other_networks_are_refused(damage, message, vgg_state, tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    with pytest.raises(CheckpointError, match=r"page\.pth: not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"page\.pth: no checkpoint of tensors"):
         load_vgg19(tmp_path / "page.pth")
 
 

@@ -584,7 +584,7 @@ def test_the_validation_set_is_checked_before_anything_is_written(tmp_path):
 def test_folders_that_are_not_set_are_asked_for(tmp_path):
     for system, overrides, message in (
         ("mitnet", (), r"data\.root: not set"),
-        ("dcmpnet", (f"data.root={tmp_path}",), r"data\.depth: not set; .*`mitnet-fast data depth`.* or none"),
+        ("dcmpnet", (f"data.root={tmp_path}",), r"data\.depth: not set; .* or none"),
         ("mitnet", (f"data.root={tmp_path / 'missing'}",), "missing"),
     ):
         with pytest.raises(ValueError, match=message):
