@@ -205,7 +205,10 @@ def run_demo(
         "held_out": list(HELD_OUT),
     }
     started = time.perf_counter()
-    result = train(config, folder / "training", overwrite=True, datasets=(dataset, None), card=card, console=console)
+    with _one_thread():
+        result = train(
+            config, folder / "training", overwrite=True, datasets=(dataset, None), card=card, console=console
+        )
     seconds = time.perf_counter() - started
     if not result.finished:
         raise KeyboardInterrupt("the demo's training was stopped")
@@ -409,7 +412,8 @@ def _conclude(console: Console, demo: DemoResult, folder: Path) -> None:
     console.print(
         f"\nOn photographs it never saw the network gains [bold]{demo.gain('hazy'):+.2f} dB[/] over the hazy images "
         f"and [bold]{demo.gain('stretched'):+.2f} dB[/] over the contrast stretch, after {demo.training_seconds:.0f} s "
-        "of training.",
+        f"of training. SSIM: hazy {demo.mean('hazy', held_out=True).ssim:.3f}, stretched "
+        f"{demo.mean('stretched', held_out=True).ssim:.3f}, restored {demo.mean('restored', held_out=True).ssim:.3f}.",
         highlight=False,
     )
     console.print("\n[bold]written[/]")
@@ -455,18 +459,23 @@ def _draw(demo: DemoResult, folder: Path, title: str) -> None:
         depth = "measured depth" if row.depth_kind == MEASURED else "planar ramp"
         write(0.44, bottom + height / 2, f"{split} · {depth}", fontsize=9.5, rotation=90, color=FAINT)
         haze = f"β {row.beta:.2f}/m, A {row.airlight:.2f}"
-        best = max(row.hazy.psnr, row.stretched.psnr, row.restored.psnr)
-        for column, (image, found) in enumerate(
-            zip(images, (row.hazy, row.stretched, row.restored, None), strict=True)
-        ):
+        scored = (row.hazy, row.stretched, row.restored)
+        best = Score(*(max(values) for values in zip(*scored, strict=True)))
+        for column, image in enumerate(images):
             left = label + column * (width + gap)
             axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="lanczos", aspect="auto", vmin=0, vmax=1)
             axes.set_axis_off()
-            text = haze if found is None else f"{found.psnr:.1f} dB   SSIM {found.ssim:.2f}"
-            weight = "bold" if found is not None and found.psnr == best else "normal"
-            colour = FAINT if found is None else INK
-            write(left + width / 2, bottom - caption * 0.42, text, fontsize=11, fontweight=weight, color=colour)
+            centre, line = left + width / 2, bottom - caption * 0.42
+            if column == len(scored):
+                write(centre, line, haze, fontsize=11, color=FAINT)
+                continue
+            found = scored[column]
+            for x, ha, text, leads in (
+                (centre - 0.12, "right", f"{found.psnr:.1f} dB", found.psnr == best.psnr),
+                (centre + 0.12, "left", f"SSIM {found.ssim:.2f}", found.ssim == best.ssim),
+            ):
+                write(x, line, text, fontsize=11, ha=ha, fontweight="bold" if leads else "normal")
         top = bottom - caption
     with atomic_write(demo.picture) as stream:
         figure.savefig(stream, format="png")

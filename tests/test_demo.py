@@ -171,6 +171,8 @@ def test_text_says_the_gains_and_what_comes_next(run):
     text = " ".join(run.text.split())
     assert f"{run.result.gain('hazy'):+.2f} dB over the hazy images" in text
     assert f"{run.result.gain('stretched'):+.2f} dB over the contrast stretch" in text
+    ssim = [f"{run.result.mean(what, held_out=True).ssim:.3f}" for what in COMPARED]
+    assert f"SSIM: hazy {ssim[0]}, stretched {ssim[1]}, restored {ssim[2]}." in text
     assert f"mitnet-fast dehaze PHOTO.jpg -o dehazed --weights {run.result.weights}" in text
     assert f"mitnet-fast evaluate {run.folder / 'photographs'} --weights {run.result.weights}" in text
 
@@ -231,15 +233,22 @@ def test_dcmpnet_learns_with_its_depth_network(tmp_path):
     assert float(row["dehazing_gradient_norm"]) > 0
 
 
-def test_threads_are_as_before(run):
-    assert torch.get_num_threads() == 1  # what conftest set
+def test_training_takes_one_core_and_gives_the_others_back(tmp_path, monkeypatch):
+    during = []
+
+    def interrupted(*_, **__):
+        during.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupted)
     torch.set_num_threads(2)
     try:
-        with demo._one_thread():
-            assert torch.get_num_threads() == 1
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(tmp_path, "mitnet")
+        assert during == [1]
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # what conftest set
 
 
 def test_a_stopped_training_is_not_scored(tmp_path, monkeypatch):
