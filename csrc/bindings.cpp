@@ -131,10 +131,11 @@ int filter_size(const char* name, int64_t filter_channels, const at::Tensor& x) 
 
 DynamicFilterShape checked_shape(const at::Tensor& x, const at::Tensor& filters, bool residual) {
   check_map("x", x);
+  const DataType dtype = data_type(x);
   check_map("filters", filters);
   const int size = filter_size("filters", filters.size(1), x);
   check_like("filters", filters, {x.size(0), filters.size(1), x.size(2), x.size(3)}, x);
-  return {data_type(x), size, x.size(0), x.size(1), x.size(2), x.size(3), residual};
+  return {dtype, size, x.size(0), x.size(1), x.size(2), x.size(3), residual};
 }
 
 at::Tensor dynamic_filter_forward(const at::Tensor& x, const at::Tensor& filters, bool residual) {
@@ -171,6 +172,7 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> dynamic_filter_
 DynamicFilterShape checked_shape(const at::Tensor& x, const at::Tensor& features, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias, bool residual) {
   check_map("x", x);
+  const DataType dtype = data_type(x);
   check_map("features", features);
   check_like("features", features, {x.size(0), features.size(1), x.size(2), x.size(3)}, x);
   TORCH_CHECK_VALUE(weight.defined() && weight.dim() == 2, "weight: expected shape [C·K², Cf], got ", weight.sizes());
@@ -185,7 +187,7 @@ DynamicFilterShape checked_shape(const at::Tensor& x, const at::Tensor& features
       check_like("bias", *bias, {x.size(0), weight.size(0)}, x);
     }
   }
-  return {data_type(x), size, x.size(0), x.size(1), x.size(2), x.size(3), residual};
+  return {dtype, size, x.size(0), x.size(1), x.size(2), x.size(3), residual};
 }
 
 FilterPredictor predictor_of(const at::Tensor& features, const at::Tensor& weight, const at::Tensor& bias) {
