@@ -1,0 +1,71 @@
+"""Every Triton kernel compiles ahead of time, without a GPU, and fits."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# what a program may have on every GPU of compute capability 8.0 and newer (8.6 has the least)
+SHARED_BYTES = 99 * 1024
+KERNELS = {
+    "filter_kernel",
+    "filter_kernel_transposed",
+    "grad_filters_kernel",
+    "predicted_filter_kernel",
+    "predicted_filter_kernel_transposed",
+    "grad_features_kernel",
+    "grad_weight_kernel",
+}
+
+
+def resources(tmp_path, *arguments):
+    """Rows of the command, run where nothing is interpreted and nothing is compiled yet."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "mitnet_fast.triton_kernels.ahead_of_time", *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling(tmp_path):
+    rows = resources(tmp_path, "--architecture", "90")
+    assert {row["kernel"].split()[0] for row in rows} == KERNELS
+    assert len({row["kernel"] for row in rows}) == len(rows) == 11
+    for row in rows:
+        assert row["arch"] == 90
+        assert 16 <= row["registers"] <= 255
+        assert row["spills"] == 0, row
+        assert 0 <= row["shared_bytes"] <= SHARED_BYTES
+        assert row["num_warps"] in (4, 8)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_launch_compiles_for_every_architecture(tmp_path, architecture):
+    rows = resources(tmp_path, "--architecture", str(architecture), "--every")
+    assert {row["kernel"].split()[0] for row in rows} == KERNELS
+    assert {word for row in rows for word in row["kernel"].split() if "=" in word} == {
+        *("C=20", "C=40", "C=80"),
+        *("K=1", "K=3", "K=5", "K=7"),
+    }
+    assert len(rows) == 264
+    assert not [row for row in rows if row["shared_bytes"] > SHARED_BYTES]
+    assert not [row for row in rows if row["spills"] and " K=3 " in row["kernel"]]
+
+
+@pytest.mark.exhaustive
+def test_a_kernel_that_spills_is_reported(tmp_path):
+    code = (
+        "from dataclasses import replace; from mitnet_fast.triton_kernels import ahead_of_time as a;"
+        "kernel = next(k for k in a.kernels(90) if k.name.startswith('grad_weight_kernel'));"
+        "constants = kernel.launch.constants | {'num_warps': 1};"
+        "kernel = replace(kernel, launch=replace(kernel.launch, constants=constants));"
+        "print(a.usage(a.compile_kernel(kernel, 90))[1])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert int(printed) > 1000

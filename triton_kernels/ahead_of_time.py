@@ -1,0 +1,199 @@
+"""Compiles every Triton kernel as its launcher would launch it, without a GPU.
+
+The launchers run on "meta" tensors while their launches are recorded, so what is compiled here is what
+users get: the same arguments, constants, tile sizes and number of warps.
+
+    python -m mitnet_fast.triton_kernels.ahead_of_time --architecture 90 [--every]
+
+prints one line of JSON per kernel with its registers, spilled bytes and shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from . import dynamic_filter
+from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
+
+ARCHITECTURES = (80, 90, 100)
+TUNED_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as one launch asks for it."""
+
+    name: str
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers per thread, bytes spilled per thread, shared bytes per program."""
+
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    num_warps: int
+
+
+def kernels(arch: int, *, every: bool = False) -> list[Kernel]:
+    """Kernels for ``arch``: each once as MITNet's first level launches it, or ``every`` representative launch."""
+    found: dict[str, Kernel] = {}
+    with record_launches(f"sm_{arch}") as launches:
+        for call, label in _calls(every):
+            launches.clear()
+            call()
+            for launch in launches:
+                transposed = "_transposed" if launch.constants.get("TRANSPOSED") else ""
+                name = f"{launch.kernel.__name__.strip('_')}{transposed} {label}"
+                found.setdefault(name, Kernel(name, launch))
+    return list(found.values())
+
+
+def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
+    """Calls of the launchers on tensors without storage, each with what tells it from the others."""
+    if not every:
+        yield _dynamic_filter(20, 256, 3, torch.bfloat16, torch.channels_last)
+        yield _predicted(20, 256, 3, torch.bfloat16, torch.contiguous_format, False)
+        yield _predicted(20, 256, 3, torch.float32, torch.contiguous_format, True)
+        return
+    for dtype, layout in product(DTYPES, (torch.contiguous_format, torch.channels_last)):
+        for size in (1, 3, 5, 7):
+            yield _dynamic_filter(20, 256, size, dtype, layout)
+        for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            for channels, side in ((20, 256), (40, 128), (80, 64)):
+                yield _predicted(channels, side, 3, dtype, layout, tf32)
+            for size in (1, 5, 7):
+                yield _predicted(20, 256, size, dtype, layout, tf32)
+
+
+def _dynamic_filter(
+    channels: int, side: int, size: int, dtype: torch.dtype, layout: torch.memory_format
+) -> tuple[Callable[[], object], str]:
+    x, filters = (_map(count, side, dtype, layout) for count in (channels, channels * size**2))
+
+    def call() -> None:
+        dynamic_filter.dynamic_filter_forward(x, filters, False)
+        dynamic_filter.dynamic_filter_backward(x, x, filters, False, True, True)
+
+    return call, _label(channels, size, dtype, layout)
+
+
+def _predicted(
+    channels: int, side: int, size: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> tuple[Callable[[], object], str]:
+    x = _map(channels, side, dtype, layout)
+    weight = torch.empty(channels * size**2, channels, dtype=dtype, device="meta")
+    bias = torch.empty(8, channels * size**2, dtype=dtype, device="meta")
+
+    def call() -> None:
+        dynamic_filter.predicted_dynamic_filter_forward(x, x, weight, bias, True, tf32)
+        dynamic_filter.predicted_dynamic_filter_backward(x, x, x, weight, bias, True, tf32, True, True, True, True)
+
+    return call, _label(channels, size, dtype, layout, "tf32" if tf32 else "")
+
+
+def _map(channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    return torch.empty(8, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _label(channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format, product_type: str = "") -> str:
+    kind = product_type or str(dtype).removeprefix("torch.")
+    return f"C={channels} K={size} {kind} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+
+
+def compile_kernel(kernel: Kernel, arch: int) -> CompiledKernel:
+    """Machine code of ``kernel`` for compute capability ``arch`` (90 is 9.0).
+
+    Args:
+        kernel: one of :func:`kernels` for the same ``arch``.
+        arch: 80, 90 or 100.
+
+    Raises:
+        RuntimeError: Triton is interpreting, and so has nothing to compile.
+    """
+    if INTERPRETED:
+        raise RuntimeError("compiling ahead of time needs a process without TRITON_INTERPRET=1")
+    function = kernel.launch.kernel
+    constants = dict(kernel.launch.constants)
+    options = COMPILER_OPTIONS | {name: constants.pop(name) for name in TUNED_OPTIONS if name in constants}
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for position, name in enumerate(function.arg_names):
+        if position >= len(kernel.launch.arguments):
+            signature[name] = "constexpr"
+            continue
+        value = kernel.launch.arguments[position]
+        specialised = not function.params[position].do_not_specialize  # on None, 1 and multiples of 16
+        if value is None or (specialised and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{DTYPES[value.dtype]}"
+            attributes[position,] = [["tt.divisibility", 16]]  # PyTorch aligns to more
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                attributes[position,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(arch: int, *, every: bool = False) -> Iterator[Resources]:
+    """Compile the :func:`kernels` for ``arch`` one after another and say what each takes."""
+    for kernel in kernels(arch, every=every):
+        compiled = compile_kernel(kernel, arch)
+        registers, spills = usage(compiled)
+        yield Resources(kernel.name, arch, registers, spills, compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers and bytes of stack per thread. Our kernels index no local array: a stack holds spills alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [_cuobjdump(), "--dump-resource-usage", str(path)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", printed)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _cuobjdump() -> str:
+    """NVIDIA's cuobjdump, the one that comes with Triton first."""
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(bundled) if bundled.is_file() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError(f"cuobjdump: neither at {bundled} nor on PATH")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the resources of every kernel as JSON, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, default=90)
+    parser.add_argument("--every", action="store_true", help="every representative launch, not one per kernel")
+    chosen = parser.parse_args(arguments)
+    for row in resources(chosen.architecture, every=chosen.every):
+        json.dump(asdict(row), sys.stdout)
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
