@@ -215,7 +215,8 @@ def run_demo(
     weights = folder / f"{system}-demo.safetensors"
     save_weights(weights, load_weights(result.weights)[0], card)
 
-    comparisons = _compare(folder, weights, images, console)
+    with _one_thread():
+        comparisons = _compare(folder, weights, images, console)
     demo = DemoResult(comparisons, weights, folder / "demo.png", folder / "scores.csv", seconds)
     _write_scores(demo.scores, comparisons)
     _draw(demo, folder, _title(system))
