@@ -65,8 +65,11 @@ class OpSpec:
         name: the public function in ``mitnet_fast.ops``.
         family: its kernel family.
         shapes: case to shapes of the tensor arguments, in their order; None for an absent one.
-        maps: names of the arguments that are maps, and so get the case's layout.
+        maps: names of the arguments that are maps, and so get the case's layout; the first is the
+            one that tests differentiate twice, transform and batch.
+        output_shape: case to the shape of the result.
         cases: the fixed cases, from tiny to large, in float32 and contiguous.
+        typical: one of middling size, two samples and every tensor present.
         random_sizes: draws sizes and options for the seeded sweep.
         benchmark_cases: what users run, for speed and memory.
         bytes_at_least: case to the bytes that forward and backward must move.
@@ -76,8 +79,10 @@ class OpSpec:
     name: str
     family: str
     shapes: Callable[[Case], dict[str, tuple[int, ...] | None]]
-    maps: frozenset[str]
+    maps: tuple[str, ...]
+    output_shape: Callable[[Case], tuple[int, ...]]
     cases: Sequence[Case]
+    typical: Case
     random_sizes: Callable[[Random], tuple[dict[str, int], dict[str, object]]]
     benchmark_cases: Sequence[Case]
     bytes_at_least: Callable[[Case], tuple[int, int]]
@@ -192,7 +197,7 @@ def compare(
 ) -> list[Comparison]:
     """Run one case on a backend and compare its result and gradients with the truth, tensor by tensor."""
     tensors = spec.inputs(case, device)
-    y_like = torch.empty(spec_output_shape(spec, case), dtype=case.dtype, device=device)
+    y_like = torch.empty(spec.output_shape(case), dtype=case.dtype, device=device)
     gradient = spec.gradient(case, y_like)
 
     def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
@@ -212,12 +217,6 @@ def compare(
         )
         for name in truth
     ]
-
-
-def spec_output_shape(spec: OpSpec, case: Case) -> tuple[int, ...]:
-    """Shape of the result of ``case``."""
-    shapes = spec.shapes(case)
-    return shapes["x"] if "x" in shapes else shapes["v"]
 
 
 def _laid_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
@@ -311,7 +310,8 @@ DYNAMIC_FILTER = OpSpec(
     name="dynamic_filter",
     family="dynamic_filter",
     shapes=_dynamic_filter_shapes,
-    maps=frozenset({"x", "filters"}),
+    maps=("x", "filters"),
+    output_shape=lambda case: _dynamic_filter_shapes(case)["x"],
     cases=(
         _case(1, 1, 1, 1),
         _case(1, 1, 1, 1, 7),
@@ -323,6 +323,7 @@ DYNAMIC_FILTER = OpSpec(
         _case(0, 3, 4, 4),
         _case(2, 40, 24, 20, 3, residual=True),
     ),
+    typical=_case(2, 7, 6, 9, 3, residual=True),
     random_sizes=_random_dynamic_filter,
     benchmark_cases=tuple(_case(2, c, s, s) for c, s in ((20, 256), (40, 128), (80, 64))),
     bytes_at_least=_dynamic_filter_bytes,
@@ -333,7 +334,8 @@ PREDICTED_DYNAMIC_FILTER = OpSpec(
     name="predicted_dynamic_filter",
     family="dynamic_filter",
     shapes=_predicted_shapes,
-    maps=frozenset({"x", "features"}),
+    maps=("x", "features"),
+    output_shape=lambda case: _predicted_shapes(case)["x"],
     cases=(
         _case(1, 1, 1, 1, features=1, bias=0),
         _case(1, 2, 3, 4, 7, features=3, bias=1),
@@ -345,6 +347,7 @@ PREDICTED_DYNAMIC_FILTER = OpSpec(
         _case(1, 40, 24, 20, 3, residual=True, features=40, bias=2),
         _case(1, 80, 16, 16, 3, residual=True, features=80, bias=1),
     ),
+    typical=_case(2, 7, 6, 9, 3, residual=True, features=7, bias=1),
     random_sizes=_random_predicted,
     benchmark_cases=tuple(
         _case(2, c, s, s, residual=True, features=c, bias=2) for c, s in ((20, 256), (40, 128), (80, 64))

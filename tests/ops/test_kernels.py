@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mitnet_fast import ops
 from mitnet_fast.ops._backends import why_not
-from mitnet_fast.specs import SPECS, Case, compare, outputs_and_gradients
+from mitnet_fast.specs import SPECS, compare, outputs_and_gradients
 from mitnet_fast.verify import KERNELS, poisoned_memory
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -27,10 +28,8 @@ def dtypes_of(spec, backend, device):
     return sorted(KERNELS[spec.family].dtypes[backend, device], key=str)
 
 
-def first_case(spec, dtype=torch.float32, layout="contiguous"):
-    """A case of middling size: more than one sample, odd sizes."""
-    case = next(case for case in spec.cases if case.sizes["batch"] == 2 and case.sizes["kernel_size"] == 3)
-    return Case(case.sizes, case.options, dtype, layout)
+def typical(spec, dtype=torch.float32, layout="contiguous"):
+    return replace(spec.typical, dtype=dtype, layout=layout)
 
 
 def required(results):
@@ -71,7 +70,7 @@ def test_a_thousand_random_cases_equal_the_truth(spec, backend, device):
 
 @every_kernel
 def test_every_pattern_of_wanted_gradients(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     names = [name for name, shape in spec.shapes(case).items() if shape is not None]
     for wanted in itertools.product((False, True), repeat=len(names)):
         needs = dict(zip(names, wanted, strict=True))
@@ -83,7 +82,7 @@ def test_every_pattern_of_wanted_gradients(spec, backend, device):
 @every_kernel
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_result_keeps_the_layout_and_aliases_nothing(spec, backend, device, layout):
-    case = first_case(spec, layout=layout)
+    case = typical(spec, layout=layout)
     tensors = spec.inputs(case, device)
     before = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
     y = spec.run(case, tensors, backend)
@@ -96,7 +95,7 @@ def test_the_result_keeps_the_layout_and_aliases_nothing(spec, backend, device, 
 
 @every_kernel
 def test_the_same_call_gives_the_same_bits(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     first, second = (outputs_and_gradients(spec, case, tensors, gradient, backend) for _ in range(2))
@@ -106,7 +105,7 @@ def test_the_same_call_gives_the_same_bits(spec, backend, device):
 
 @every_kernel
 def test_a_gradient_of_any_layout_is_read_as_it_lies(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
@@ -129,7 +128,7 @@ def test_a_gradient_of_any_layout_is_read_as_it_lies(spec, backend, device):
 @every_kernel
 def test_opcheck_finds_nothing(spec, backend, device):
     for layout in ("contiguous", "channels_last", "strided"):
-        case = first_case(spec, layout=layout)
+        case = typical(spec, layout=layout)
         tensors = [t if t is None else t.requires_grad_() for t in spec.inputs(case, device).values()]
         operator = getattr(torch.ops.mitnet_fast, spec.name).default
         torch.library.opcheck(operator, (*tensors, *case.options.values(), backend))
@@ -137,7 +136,7 @@ def test_opcheck_finds_nothing(spec, backend, device):
 
 @every_kernel
 def test_it_compiles_as_one_graph(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
@@ -167,7 +166,7 @@ class Call(torch.nn.Module):
 
 @every_kernel
 def test_it_exports(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     call = Call(spec, case, backend)
     program = torch.export.export(call, (tensors,))
@@ -177,7 +176,7 @@ def test_it_exports(spec, backend, device):
 
 @every_kernel
 def test_activation_checkpointing_gives_the_same_gradients(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
@@ -190,38 +189,39 @@ def test_activation_checkpointing_gives_the_same_gradients(spec, backend, device
 
 @every_kernel
 def test_second_derivatives_are_a_clear_error(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = {n: t if t is None else t.requires_grad_() for n, t in spec.inputs(case, device).items()}
-    (first,) = torch.autograd.grad(spec.run(case, tensors, backend).sum(), tensors["x"], create_graph=True)
+    image = tensors[spec.maps[0]]
+    (first,) = torch.autograd.grad(spec.run(case, tensors, backend).sum(), image, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative; use backend='reference'"):
         first.sum().backward()
-    (exact,) = torch.autograd.grad(spec.run(case, tensors, "reference").sum(), tensors["x"], create_graph=True)
+    (exact,) = torch.autograd.grad(spec.run(case, tensors, "reference").sum(), image, create_graph=True)
     exact.square().sum().backward()
 
 
 @every_kernel
 def test_function_transforms_run_on_the_reference_only(spec, backend, device):
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
-    others = {name: tensor for name, tensor in tensors.items() if name != "x"}
+    image = tensors[spec.maps[0]]
 
-    def total(x, name=None):
-        return spec.run(case, {"x": x, **others}, name).sum()
+    def total(replaced, name=None):
+        return spec.run(case, tensors | {spec.maps[0]: replaced}, name).sum()
 
-    leaf = tensors["x"].clone().requires_grad_()
+    leaf = image.clone().requires_grad_()
     (expected,) = torch.autograd.grad(total(leaf, "reference"), leaf)
-    torch.testing.assert_close(torch.func.grad(total)(tensors["x"]), expected)
-    pair = torch.stack([tensors["x"], 2 * tensors["x"]])
-    torch.testing.assert_close(torch.func.vmap(total)(pair), torch.stack([total(x, "reference") for x in pair]))
+    torch.testing.assert_close(torch.func.grad(total)(image), expected)
+    pair = torch.stack([image, 2 * image])
+    torch.testing.assert_close(torch.func.vmap(total)(pair), torch.stack([total(one, "reference") for one in pair]))
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(ops.BackendError, match=r"torch\.func transforms reach through plain PyTorch only"):
-            transform(lambda x: total(x, backend))(pair if transform is torch.func.vmap else tensors["x"])
+            transform(lambda replaced: total(replaced, backend))(pair if transform is torch.func.vmap else image)
 
 
 @every_kernel
 def test_autocast_casts_as_for_a_convolution(spec, backend, device):
     assert torch.bfloat16 in dtypes_of(spec, backend, device)
-    case = first_case(spec)
+    case = typical(spec)
     tensors = spec.inputs(case, device)
     rounded = {name: t if t is None else t.bfloat16() for name, t in tensors.items()}
     with torch.autocast(device, dtype=torch.bfloat16):
