@@ -124,7 +124,9 @@ class BuildWithKernels(BuildExtension):
         Of an inline function that no namespace keeps apart, the linker takes the first copy.
         """
         includes = [f"-I{shlex.quote(str(path))}" for path in (ROOT / "csrc", *include_paths())]
-        command = f"{get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden {' '.join(OPTIMISATION + includes)}"
+        command = (
+            f"{get_cxx_compiler()} -std=c++20 -fPIC -fvisibility=hidden -Wno-psabi {' '.join(OPTIMISATION + includes)}"
+        )
         return self.compile(
             "cpu_kernels",
             command,
