@@ -201,7 +201,7 @@ def _memory(operator: str, sizes: str, dtype: str, layout: str, name: str, devic
     def prepare(of: Case):
         tensors = {n: t if t is None else t.requires_grad_() for n, t in spec.inputs(of, device).items()}
         with torch.no_grad():
-            gradient = spec.gradient(of, torch.empty(spec.shapes(of)["x"], dtype=of.dtype, device=device))
+            gradient = spec.gradient(of, torch.empty(spec.output_shape(of), dtype=of.dtype, device=device))
         function = implementations(spec, of, device, False)[name]
         return lambda: step(function, tensors, gradient, backward=True)
 

@@ -29,6 +29,7 @@ from random import Random
 import torch
 
 from . import ops
+from .reference.window_attention import padding
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
 FLOAT64_LIMIT = 1e-12
@@ -356,4 +357,78 @@ PREDICTED_DYNAMIC_FILTER = OpSpec(
     flops=_predicted_flops,
 )
 
-SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER)
+
+def _random_window_attention(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    window_size = random.choice((1, 2, 3, 4, 5, 7, 8, 8, 8, 8, 16))
+    shift = random.choice((0, window_size // 2, random.randrange(window_size)))
+    heads = random.choice((1, 2, 3))
+    head_size = random.choice((1, 5, 8, 12, 12, 16, 24, 33, 64)) if window_size < 16 else random.choice((3, 12, 16))
+    sides = [side for side in range(1, 2 * window_size + 14) if _reflects(side, window_size, shift)]
+    sizes = {
+        "batch": random.choice((0, 1, 1, 2)),
+        "channels": heads * head_size,
+        "height": random.choice(sides),
+        "width": random.choice(sides),
+    }
+    return sizes, {"num_heads": heads, "window_size": window_size, "shift": shift}
+
+
+def _reflects(side: int, window_size: int, shift: int) -> bool:
+    return max(padding(side, window_size, shift)) < side
+
+
+def _window_attention_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w = (case.sizes[name] for name in ("batch", "channels", "height", "width"))
+    rows = (2 * case.options["window_size"] - 1) ** 2
+    return {"qk": (b, 2 * c, h, w), "v": (b, c, h, w), "bias_table": (rows, case.options["num_heads"])}
+
+
+def _window_attention_bytes(case: Case) -> tuple[int, int]:
+    element = case.dtype.itemsize * _pixels(case) * case.sizes["channels"]
+    return element * 4, element * 7
+
+
+def _window_attention_flops(case: Case) -> tuple[int, int]:
+    window_size, shift = case.options["window_size"], case.options["shift"]
+    windows = case.sizes["batch"]
+    for side in (case.sizes["height"], case.sizes["width"]):
+        windows *= -(-(side + shift) // window_size)
+    product = 2 * windows * case.sizes["channels"] * window_size**4
+    return 2 * product, 5 * product  # backward: the scores again, and a product for dP, dV, dQ and dK
+
+
+def _attention(batch: int, heads: int, head_size: int, height: int, width: int, window_size=8, shift=0) -> Case:
+    sizes = {"batch": batch, "channels": heads * head_size, "height": height, "width": width}
+    return Case(sizes, {"num_heads": heads, "window_size": window_size, "shift": shift})
+
+
+WINDOW_ATTENTION = OpSpec(
+    name="window_attention",
+    family="window_attention",
+    shapes=_window_attention_shapes,
+    maps=("qk", "v"),
+    output_shape=lambda case: _window_attention_shapes(case)["v"],
+    cases=(
+        _attention(1, 1, 1, 1, 1, window_size=1),
+        _attention(1, 1, 8, 3, 4, window_size=4),
+        _attention(1, 2, 12, 5, 5),
+        _attention(1, 2, 12, 7, 7, shift=4),  # padding shows some pixels eight times more
+        _attention(2, 2, 12, 13, 22),
+        _attention(1, 4, 12, 21, 16, shift=4),
+        _attention(2, 3, 16, 9, 14, window_size=7, shift=3),
+        _attention(1, 1, 24, 17, 19, window_size=16, shift=8),
+        _attention(1, 1, 64, 11, 10, shift=3),
+        _attention(0, 2, 12, 9, 8, shift=4),
+    ),
+    typical=_attention(2, 2, 12, 13, 18, shift=4),
+    random_sizes=_random_window_attention,
+    benchmark_cases=(
+        _attention(2, 2, 12, 256, 256, shift=4),
+        _attention(2, 4, 12, 128, 128, shift=4),
+        _attention(2, 6, 16, 64, 64, shift=4),
+    ),
+    bytes_at_least=_window_attention_bytes,
+    flops=_window_attention_flops,
+)
+
+SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, WINDOW_ATTENTION)

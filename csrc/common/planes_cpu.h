@@ -8,29 +8,15 @@
 // To be included by sources that are compiled once per instruction set.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
 #include <cstdint>
 #include <type_traits>
 
 #include "common/tensor_view.h"
+#include "common/vectors_cpu.h"
 
 namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// Arithmetic of float64 maps is float64, of all others float32.
-template <typename S>
-using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 struct Tile {
   int64_t sample;

@@ -7,23 +7,13 @@
 //   grad_W[c, k, j]  = Σ_pixels x_k[c] · (g[c] · features[j])      the bias is a feature of ones
 //   grad_x[c, q]     = Σ_k (filters[c, k] · g[c])(q − offset(k))   filters recomputed on the halo
 
-#include "common/parallel.h"
 #include "common/planes_cpu.h"
+#include "common/workspace_cpu.h"
 #include "dynamic_filter/dynamic_filter_cpu.h"
 
 namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-// Accumulators are arrays that live in registers once every loop over them is unrolled.
-#define UNROLLED_FOR(index, count) _Pragma("GCC unroll 64") for (int index = 0; index < (count); ++index)
-
-#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-constexpr bool many_registers = true;  // 32 vector registers, else 16
-#else
-constexpr bool many_registers = false;
-#endif
 
 // How many accumulators a loop holds in registers. `taps` of the K² are computed at a time.
 template <int K>
@@ -55,26 +45,6 @@ struct Blocking<7> {
 // Features × vectors of pixels of the gradient of features, held twice.
 constexpr int gradient_features = many_registers ? 4 : 3;
 constexpr int gradient_vectors = many_registers ? 3 : 2;
-
-#if defined(CPU_CAPABILITY_AVX512)
-template <typename T>
-using Register = std::conditional_t<std::is_same_v<T, double>, __m512d, __m512>;
-#elif defined(CPU_CAPABILITY_AVX2)
-template <typename T>
-using Register = std::conditional_t<std::is_same_v<T, double>, __m256d, __m256>;
-#endif
-
-// A vector that is read from memory once: GCC would read it anew for every use, since it may.
-template <typename T>
-ALWAYS_INLINE Vec<T> load_once(const T* data) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  Register<T> value = Vec<T>::loadu(data);
-  asm("" : "+v"(value));
-  return value;
-#else
-  return Vec<T>::loadu(data);
-#endif
-}
 
 template <int K>
 ALWAYS_INLINE int64_t offset(int tap, int64_t pitch) {
@@ -250,44 +220,6 @@ void predicted_grad_weight(const Planes& layout, int64_t begin, int64_t end, int
   }
 }
 
-// Parts of a workspace, each aligned to a cache line. With no memory behind it, it only counts bytes.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
-  }
-
-  int64_t bytes() const { return bytes_; }
-  char* rest() const { return memory_ + bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
-
-// Kernels below have `tasks` and a scratch for every thread, which scratch(arena) takes from an arena.
-template <typename Kernel>
-int64_t scratch_bytes(const Kernel& kernel, int64_t threads) {
-  Arena arena(nullptr);
-  kernel.scratch(arena);
-  return smaller(threads, kernel.tasks) * arena.bytes();
-}
-
-// Calls function(task, scratch) for every task; scratch_bytes(kernel, threads) bytes lie at `memory`.
-template <typename Kernel, typename Function>
-void for_each_task(const Kernel& kernel, char* memory, int threads, Function function) {
-  const int64_t bytes = scratch_bytes(kernel, 1);
-  parallel_tasks(kernel.tasks, threads, [&](int64_t task, int thread) {
-    Arena own(memory + thread * bytes);
-    function(task, kernel.scratch(own));
-  });
-}
-
 // The predictor's weight and bias in the arithmetic's type, in the order in which loops read them.
 template <typename S, int K>
 struct PackedPredictor {
@@ -325,9 +257,6 @@ struct PackedPredictor {
     for (int64_t i = 0; i < biases; ++i) bias[i] = bias_from ? static_cast<T>(bias_from[i]) : T(0);
   }
 };
-
-constexpr int64_t cache = 1 << 20;    // bytes: most of a core's second-level cache
-constexpr int64_t enough_tasks = 64;  // for the threads of any processor that this is meant for
 
 // A tile's planes should stay in the second-level cache: pixels of a tile with `planes` planes. Small
 // images are cut smaller, for the sake of threads.

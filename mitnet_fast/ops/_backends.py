@@ -199,3 +199,8 @@ def _log(family: str, backend: str, device_type: str, dtype: torch.dtype) -> Non
 def convolution_tf32(tensor: torch.Tensor) -> bool:
     """Whether a product that replaces a convolution may use TF32: float32 on CUDA, as torch is set."""
     return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def matmul_tf32(tensor: torch.Tensor) -> bool:
+    """Whether a matrix product may use TF32: float32 on CUDA, as torch is set."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,12 +1,17 @@
-"""Public window attention: arguments checked, autocast applied, backend chosen."""
+"""Public window attention: arguments checked, autocast applied, backend chosen.
+
+The compiled backends run behind ``mitnet_fast::window_attention`` and its backward operator; the
+reference is plain PyTorch and needs none.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from .. import reference
+from .._extension import EXTENSION
 from ..reference.window_attention import padding
-from ._backends import Kernels, check_backend, choose
+from ._backends import Kernels, check_backend, choose, matmul_tf32, triton_kernels
 from ._checks import (
     cast_like_convolution,
     check_image_size,
@@ -15,6 +20,7 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
+from ._registration import define, differentiate, empty_for, or_empty
 
 KERNELS = Kernels("window_attention")
 
@@ -80,5 +86,53 @@ def window_attention(
     check_one_device(qk=qk, v=v, bias_table=bias_table)
     qk, v, bias_table = cast_like_convolution(qk, v, bias_table)
     check_one_dtype(qk=qk, v=v, bias_table=bias_table)
-    choose(KERNELS, backend, qk.device.type, qk.dtype)
-    return reference.window_attention(qk, v, bias_table, num_heads=num_heads, window_size=window_size, shift=shift)
+    chosen = choose(KERNELS, backend, v.device.type, v.dtype)
+    if chosen == "reference":
+        return reference.window_attention(qk, v, bias_table, num_heads=num_heads, window_size=window_size, shift=shift)
+    return torch.ops.mitnet_fast.window_attention(qk, v, bias_table, num_heads, window_size, shift, chosen)
+
+
+def _launchers(backend: str):
+    return EXTENSION if backend == "cpp" else triton_kernels("window_attention")
+
+
+def _forward(qk, v, bias_table, num_heads, window_size, shift, backend):
+    launch = _launchers(backend).window_attention_forward
+    return launch(qk, v, bias_table, num_heads, window_size, shift, matmul_tf32(v))
+
+
+def _backward(grad, qk, v, bias_table, num_heads, window_size, shift, needs, backend):
+    launch = _launchers(backend).window_attention_backward
+    grads = launch(grad, qk, v, bias_table, num_heads, window_size, shift, matmul_tf32(v), *needs)
+    return tuple(or_empty(gradient, v) for gradient in grads)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.num_heads, ctx.window_size, ctx.shift, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad):
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.mitnet_fast.window_attention_backward(
+        grad, *ctx.saved_tensors, ctx.num_heads, ctx.window_size, ctx.shift, needs, ctx.backend
+    )
+    wanted = (gradient if needed else None for gradient, needed in zip(grads, needs, strict=True))
+    return *wanted, None, None, None, None
+
+
+define(
+    "window_attention(Tensor qk, Tensor v, Tensor bias_table, int num_heads, int window_size, int shift, str backend)"
+    " -> Tensor",
+    _forward,
+    lambda qk, v, bias_table, num_heads, window_size, shift, backend: empty_for(v),
+)
+define(
+    "window_attention_backward(Tensor grad, Tensor qk, Tensor v, Tensor bias_table, int num_heads, int window_size,"
+    " int shift, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad, qk, v, bias_table, num_heads, window_size, shift, needs, backend: tuple(
+        empty_for(tensor, needed) for tensor, needed in zip((qk, v, bias_table), needs, strict=True)
+    ),
+)
+differentiate("window_attention", _setup, _gradients)
