@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from mitnet_fast.ops._backends import FAMILIES, why_not
-from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, outputs_and_gradients, relative_error
+from mitnet_fast.ops._backends import BACKENDS, FAMILIES, why_not
+from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, expectations, relative_error
 from mitnet_fast.verify import KERNELS
 
 from .measure import environment, peak_memory, take_turns, write_results
@@ -106,13 +106,9 @@ def step(function: Callable[..., torch.Tensor], tensors, gradient, backward: boo
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
 
 
-def is_correct(spec: OpSpec, case: Case, function, tensors, gradient) -> bool:
-    """Whether result and gradients are within the tolerance rule."""
-    double = {name: t if t is None else t.detach().double() for name, t in tensors.items()}
-    truth = outputs_and_gradients(spec, case, double, gradient.double(), "reference")
-    absolute = {name: t if t is None else t.abs() for name, t in double.items()}
-    absolute = outputs_and_gradients(spec, case, absolute, gradient.double().abs(), "reference")
-    eager = outputs_and_gradients(spec, case, tensors, gradient, "reference")
+def is_correct(spec: OpSpec, case: Case, backend: str, function, tensors, gradient) -> bool:
+    """Whether result and gradients are within the tolerance rule for ``backend``."""
+    truth, absolute, eager = expectations(spec, case, tensors, gradient, backend)
     results = step(function, tensors, gradient, backward=True)
     return all(
         relative_error(result, truth[name])
@@ -130,7 +126,10 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
     with torch.no_grad():
         gradient = spec.gradient(case, spec.run(case, copies[0], "reference"))
     functions = implementations(spec, case, device, compiled)
-    correct = {name: is_correct(spec, case, f, copies[0], gradient) for name, f in functions.items()}
+    correct = {
+        name: is_correct(spec, case, name if name in BACKENDS else "reference", f, copies[0], gradient)
+        for name, f in functions.items()
+    }
     rows = []
     for backward in (False, True):
         calls = {

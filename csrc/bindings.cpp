@@ -1,11 +1,13 @@
 // The only file that knows Python: what mitnet_fast._C offers. Checks what comes in, allocates what
 // goes out, and hands raw pointers to the launchers.
 #include <ATen/Functions.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "amplitude_phase/amplitude_phase_cpu.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "dynamic_filter/dynamic_filter_cpu.h"
@@ -96,12 +98,16 @@ MapView mutable_view(const at::Tensor& map) {
   return {map.mutable_data_ptr(), map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
-// A result of the shape of `like`, channels_last if that is how `like` lies in memory; undefined if not needed.
-at::Tensor empty_for(const at::Tensor& like, bool needed = true) {
-  if (!needed) return {};
+// A result of these sizes, channels_last if that is how `like` lies in memory.
+at::Tensor empty_for(const at::Tensor& like, at::IntArrayRef sizes) {
   const bool channels_last = !like.is_contiguous() && like.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return at::empty(like.sizes(), like.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast
-                                                                            : at::MemoryFormat::Contiguous));
+  return at::empty(sizes, like.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast
+                                                                     : at::MemoryFormat::Contiguous));
+}
+
+// A result of the shape of `like`, undefined if not needed.
+at::Tensor empty_for(const at::Tensor& like, bool needed = true) {
+  return needed ? empty_for(like, like.sizes()) : at::Tensor();
 }
 
 std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
@@ -240,6 +246,145 @@ predicted_dynamic_filter_backward(const at::Tensor& grad, const at::Tensor& x, c
   return {if_defined(grad_x), if_defined(grad_features), if_defined(grad_weight), if_defined(grad_bias)};
 }
 
+AmplitudePhaseShape checked_shape(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
+                                  const at::Tensor& weight2, const at::Tensor& bias2,
+                                  const std::optional<at::Tensor>& output_weight, bool phase, double negative_slope,
+                                  bool tf32) {
+  check_map("x", x);
+  const DataType dtype = data_type(x);
+  TORCH_CHECK_TYPE(dtype == DataType::float32 || dtype == DataType::float64, "x: dtype ", x.scalar_type(),
+                   " is not supported, allowed: float32, float64");
+  const int64_t channels = x.size(1);
+  TORCH_CHECK_VALUE(weight1.defined() && weight1.dim() == 2, "weight1: expected shape [Ch, C], got ", weight1.sizes());
+  const int64_t hidden = weight1.size(0);
+  check_like("weight1", weight1, {hidden, channels}, x);
+  check_like("bias1", bias1, {hidden}, x);
+  check_like("weight2", weight2, {channels, hidden}, x);
+  check_like("bias2", bias2, {channels}, x);
+  int64_t out_channels = channels;
+  if (output_weight) {
+    TORCH_CHECK_VALUE(output_weight->dim() == 2, "output_weight: expected shape [Co, C], got ", output_weight->sizes());
+    out_channels = output_weight->size(0);
+    check_like("output_weight", *output_weight, {out_channels, channels}, x);
+  }
+  return {dtype, x.size(0), channels, hidden, out_channels, x.size(2), x.size(3), phase, negative_slope, tf32};
+}
+
+// Contiguous tensors behind a SpectralMap.
+struct SpectralWeights {
+  at::Tensor weight1, bias1, weight2, bias2, output_weight;
+
+  SpectralWeights(const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
+                  const at::Tensor& bias2, const std::optional<at::Tensor>& output_weight)
+      : weight1(weight1.contiguous()),
+        bias1(bias1.contiguous()),
+        weight2(weight2.contiguous()),
+        bias2(bias2.contiguous()),
+        output_weight(contiguous(output_weight)) {}
+
+  SpectralMap map() const {
+    return {weight1.const_data_ptr(), bias1.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
+            output_weight.defined() ? output_weight.const_data_ptr() : nullptr};
+  }
+};
+
+// The half spectrum [C, H, W/2 + 1] of one sample [C, H, W]. The FFT library's rounding depends on how its
+// input is aligned: it gets one that always is.
+at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& sample) {
+  const bool aligned = reinterpret_cast<uintptr_t>(sample.const_data_ptr()) % 64 == 0;
+  const at::Tensor image =
+      sample.is_contiguous() && aligned ? sample : at::empty(sample.sizes(), sample.options()).copy_(sample);
+  const at::Tensor spectrum = at::_fft_r2c(image, {1, 2}, /*normalization=*/0, /*onesided=*/true).contiguous();
+  clear_real_bins(shape, spectrum.mutable_data_ptr(), sample.size(0));
+  return spectrum;
+}
+
+// The unnormalised inverse transform of a half spectrum, which is overwritten.
+at::Tensor inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum) {
+  make_hermitian(shape, spectrum.mutable_data_ptr(), spectrum.size(0));
+  return at::_fft_c2r(spectrum, {1, 2}, /*normalization=*/0, shape.width);
+}
+
+at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
+                                        const at::Tensor& weight2, const at::Tensor& bias2,
+                                        const std::optional<at::Tensor>& output_weight, bool phase,
+                                        double negative_slope, bool tf32) {
+  const at::NoGradGuard no_grad;
+  const auto shape = checked_shape(x, weight1, bias1, weight2, bias2, output_weight, phase, negative_slope, tf32);
+  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight);
+  const at::Tensor y = empty_for(x, {shape.batch, shape.out_channels, shape.height, shape.width});
+  if (!x.is_cpu()) no_kernels_for(x);
+  AmplitudePhaseShape sample = shape;
+  sample.batch = 1;
+  for (int64_t n = 0; n < shape.batch; ++n) {
+    const at::Tensor spectrum = half_spectrum_on_cpu(sample, x[n]);
+    const at::Tensor mapped = shape.out_channels == shape.channels
+                                  ? spectrum
+                                  : at::empty({shape.out_channels, shape.height, shape.columns()}, spectrum.options());
+    const AmplitudePhaseForward call{sample, weights.map(), spectrum.const_data_ptr(), mapped.mutable_data_ptr()};
+    launch_on_cpu(amplitude_phase_cpu_kernels().forward, call);
+    y[n].copy_(inverse_on_cpu(sample, mapped));
+  }
+  return y;
+}
+
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
+           std::optional<at::Tensor>, std::optional<at::Tensor>>
+amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight1,
+                              const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
+                              const std::optional<at::Tensor>& output_weight, bool phase, double negative_slope,
+                              bool tf32, bool needs_x, bool needs_weight1, bool needs_bias1, bool needs_weight2,
+                              bool needs_bias2, bool needs_output_weight) {
+  const at::NoGradGuard no_grad;
+  const auto shape = checked_shape(x, weight1, bias1, weight2, bias2, output_weight, phase, negative_slope, tf32);
+  check_like("grad", grad, {shape.batch, shape.out_channels, shape.height, shape.width}, x);
+  TORCH_CHECK_VALUE(output_weight || !needs_output_weight, "needs_output_weight: there is no output_weight");
+  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight);
+  const auto gradient_of = [](const at::Tensor& weight, bool needed) {
+    return needed ? at::empty(weight.sizes(), weight.options()) : at::Tensor();
+  };
+  const auto data = [](const at::Tensor& gradient) {
+    return gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
+  };
+  const at::Tensor grad_x = empty_for(x, needs_x);
+  const at::Tensor grad_weight1 = gradient_of(weight1, needs_weight1), grad_bias1 = gradient_of(bias1, needs_bias1);
+  const at::Tensor grad_weight2 = gradient_of(weight2, needs_weight2), grad_bias2 = gradient_of(bias2, needs_bias2);
+  const at::Tensor grad_output_weight = gradient_of(weights.output_weight, needs_output_weight);
+  if (!x.is_cpu()) no_kernels_for(x);
+  const auto& kernels = amplitude_phase_cpu_kernels();
+  AmplitudePhaseSampleBackward sample{
+      {shape, weights.map(), nullptr, nullptr, nullptr, data(grad_weight1), data(grad_bias1), data(grad_weight2),
+       data(grad_bias2), data(grad_output_weight)},
+      nullptr};
+  sample.call.shape.batch = 1;
+  const at::Tensor sums = at::zeros({kernels.sums_bytes(sample)}, at::kByte);
+  sample.sums = sums.mutable_data_ptr();
+  for (int64_t n = 0; n < shape.batch; ++n) {
+    const at::Tensor spectrum = half_spectrum_on_cpu(sample.call.shape, x[n]);
+    const at::Tensor grad_spectrum = half_spectrum_on_cpu(sample.call.shape, grad[n]);
+    sample.call.grad = grad_spectrum.const_data_ptr();
+    sample.call.x = spectrum.const_data_ptr();
+    sample.call.grad_x = needs_x ? spectrum.mutable_data_ptr() : nullptr;
+    launch_on_cpu(kernels.backward, sample);
+    if (needs_x) grad_x[n].copy_(inverse_on_cpu(sample.call.shape, spectrum));
+  }
+  kernels.add_up(sample);
+  return {if_defined(grad_x),       if_defined(grad_weight1), if_defined(grad_bias1),
+          if_defined(grad_weight2), if_defined(grad_bias2),   if_defined(grad_output_weight)};
+}
+
+// What the kernels see of x: [B, C, H, W/2 + 1, 2]. Phases are discontinuous, so that only results from the
+// same spectrum can be compared.
+at::Tensor amplitude_phase_conv_spectrum(const at::Tensor& x) {
+  const at::NoGradGuard no_grad;
+  check_map("x", x);
+  if (!x.is_cpu()) no_kernels_for(x);
+  const AmplitudePhaseShape shape{data_type(x), 1, x.size(1), 1, x.size(1), x.size(2), x.size(3), false, 0, false};
+  const at::Tensor spectra = at::empty({x.size(0), x.size(1), shape.height, shape.columns(), 2}, x.options());
+  for (int64_t n = 0; n < x.size(0); ++n) spectra[n].copy_(at::view_as_real(half_spectrum_on_cpu(shape, x[n])));
+  return spectra;
+}
+
 }  // namespace
 }  // namespace mitnet_fast
 
@@ -265,4 +410,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("x"), py::arg("features"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
              py::arg("tf32"), py::arg("needs_x"), py::arg("needs_features"), py::arg("needs_weight"),
              py::arg("needs_bias"));
+
+  module.def("amplitude_phase_conv_forward", kernel(&amplitude_phase_conv_forward), py::arg("x"), py::arg("weight1"),
+             py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("output_weight"), py::arg("phase"),
+             py::arg("negative_slope"), py::arg("tf32"));
+  module.def("amplitude_phase_conv_backward", kernel(&amplitude_phase_conv_backward), py::arg("grad"), py::arg("x"),
+             py::arg("weight1"), py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("output_weight"),
+             py::arg("phase"), py::arg("negative_slope"), py::arg("tf32"), py::arg("needs_x"), py::arg("needs_weight1"),
+             py::arg("needs_bias1"), py::arg("needs_weight2"), py::arg("needs_bias2"), py::arg("needs_output_weight"));
+  module.def("amplitude_phase_conv_spectrum", kernel(&amplitude_phase_conv_spectrum), py::arg("x"));
 }

@@ -14,6 +14,8 @@ inputs). For every tensor, outputs and gradients alike, the error is the relativ
 - The second is what rounding alone may do, where eager happens to be lucky: each of the summed terms
   is rounded to ``eps`` of the dtype, whatever their order.
 - float64: 1e-12.
+- An operator that jumps where rounding may decide on which side it lands, as the phase of a spectrum
+  does at ±π, is compared from what the kernel saw: truth and plain PyTorch both start there.
 
 Both terms come from the inputs, so the rule tightens with easy inputs and relaxes with hard ones,
 where a fixed tolerance would be wrong in both directions. A result that is not finite never passes.
@@ -24,11 +26,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log2
 from random import Random
 
 import torch
 
-from . import ops
+from . import ops, reference
+from .ops._amplitude_phase import KERNELS as AMPLITUDE_PHASE_KERNELS
+from .ops._amplitude_phase import launchers as amplitude_phase_launchers
+from .ops._backends import choose
+from .reference.amplitude_phase import amplitude_phase_conv_of_spectrum
 from .reference.window_attention import padding
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
@@ -75,6 +82,10 @@ class OpSpec:
         benchmark_cases: what users run, for speed and memory.
         bytes_at_least: case to the bytes that forward and backward must move.
         flops: case to the floating-point operations of forward and backward.
+        casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
+            float32 and returns the dtype of its map.
+        as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
+            tensor arguments in any dtype, that starts from what the backend saw of these tensors.
     """
 
     name: str
@@ -88,6 +99,8 @@ class OpSpec:
     benchmark_cases: Sequence[Case]
     bytes_at_least: Callable[[Case], tuple[int, int]]
     flops: Callable[[Case], tuple[int, int]]
+    casts_like_convolution: bool = True
+    as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
         """The tensor arguments of ``case``: the same values on every device, standard normal."""
@@ -170,14 +183,18 @@ def outputs_and_gradients(
     gradient: torch.Tensor,
     backend: str | None,
     needs: Mapping[str, bool] | None = None,
+    formula: Callable[..., torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Result ``y`` and the gradients ``grad_<argument>`` of one call, for the arguments that ``needs`` names."""
+    """Result ``y`` and the gradients ``grad_<argument>`` of one call, for the arguments that ``needs`` names.
+
+    A ``formula`` of the tensor arguments is called in place of the operator.
+    """
     needs = needs or {}
     leaves = {
         name: None if tensor is None else tensor.detach().requires_grad_(needs.get(name, True))
         for name, tensor in tensors.items()
     }
-    y = spec.run(case, leaves, backend)
+    y = formula(**leaves) if formula else spec.run(case, leaves, backend)
     results = {"y": y.detach()}
     if y.requires_grad:
         y.backward(gradient)
@@ -187,6 +204,24 @@ def outputs_and_gradients(
         elif leaf is not None and leaf.grad is not None:
             raise AssertionError(f"{spec.name}: {name} got a gradient that nobody asked for")
     return results
+
+
+def expectations(
+    spec: OpSpec,
+    case: Case,
+    tensors: Mapping[str, torch.Tensor | None],
+    gradient: torch.Tensor,
+    backend: str | None,
+    needs: Mapping[str, bool] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the results of ``backend`` are held to, computed on the CPU: truth, operation on absolute values, eager."""
+    formula = spec.as_seen(case, tensors, backend) if spec.as_seen else None
+
+    def plain(change: Callable[[torch.Tensor], torch.Tensor], formula: Callable[..., torch.Tensor] | None = formula):
+        host = {name: None if t is None else change(t.detach().cpu()) for name, t in tensors.items()}
+        return outputs_and_gradients(spec, case, host, change(gradient.cpu()), "reference", needs, formula)
+
+    return plain(lambda t: t.double()), plain(lambda t: t.double().abs(), None), plain(lambda t: t)
 
 
 def compare(
@@ -200,14 +235,7 @@ def compare(
     tensors = spec.inputs(case, device)
     y_like = torch.empty(spec.output_shape(case), dtype=case.dtype, device=device)
     gradient = spec.gradient(case, y_like)
-
-    def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, torch.Tensor | None], torch.Tensor]:
-        host = {name: None if t is None else change(t.detach().cpu()) for name, t in tensors.items()}
-        return host, change(gradient.cpu())
-
-    truth = outputs_and_gradients(spec, case, *changed(lambda t: t.double()), "reference", needs)
-    absolute = outputs_and_gradients(spec, case, *changed(lambda t: t.double().abs()), "reference", needs)
-    eager = outputs_and_gradients(spec, case, *changed(lambda t: t), "reference", needs)
+    truth, absolute, eager = expectations(spec, case, tensors, gradient, backend, needs)
     actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
     return [
         Comparison(
@@ -431,4 +459,127 @@ WINDOW_ATTENTION = OpSpec(
     flops=_window_attention_flops,
 )
 
-SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, WINDOW_ATTENTION)
+
+class _AsSeen(torch.autograd.Function):
+    """The value ``seen`` in place of ``part``, whose gradient goes to ``part``."""
+
+    @staticmethod
+    def forward(ctx, part, seen):
+        return seen.to(part.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _amplitude_phase_as_seen(
+    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
+) -> Callable[..., torch.Tensor]:
+    """The reference from the spectrum that ``backend`` sees of ``x``."""
+    x = tensors["x"].detach()
+    chosen = choose(AMPLITUDE_PHASE_KERNELS, backend, x.device.type, x.dtype)
+    if chosen == "reference":
+        seen = reference.half_spectrum(x)
+    else:
+        seen = amplitude_phase_launchers(chosen).amplitude_phase_conv_spectrum(x)
+
+    def formula(x: torch.Tensor, **weights: torch.Tensor | None) -> torch.Tensor:
+        own = reference.half_spectrum(x)
+        parts = (_AsSeen.apply(*pair) for pair in zip(own.unbind(-1), seen.to(x.device).unbind(-1), strict=True))
+        return amplitude_phase_conv_of_spectrum(*parts, **weights, **case.options, size=x.shape[-2:])
+
+    return formula
+
+
+def _amplitude_phase_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w, hidden, out = (case.sizes[n] for n in ("batch", "channels", "height", "width", "hidden", "out"))
+    return {
+        "x": (b, c, h, w),
+        "weight1": (hidden, c),
+        "bias1": (hidden,),
+        "weight2": (c, hidden),
+        "bias2": (c,),
+        "output_weight": (out, c) if out else None,
+    }
+
+
+def _amplitude_phase_output(case: Case) -> tuple[int, ...]:
+    b, c, h, w = _amplitude_phase_shapes(case)["x"]
+    return b, case.sizes["out"] or c, h, w
+
+
+def _random_amplitude_phase(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    channels = random.choice((1, 3, 5, 8, 20, 20, 40, 80, 160))
+    sides = (1, 2, 3, 4, 5, 7, 8, 11) if channels > 20 else (1, 2, 3, 5, 8, 12, 13, 16, 17, 20, 24, 31, 36)
+    sizes = {
+        "batch": random.choice((0, 1, 1, 2, 3)),
+        "channels": channels,
+        "height": random.choice(sides),
+        "width": random.choice(sides),
+        "hidden": random.choice((1, 6, channels, channels)),
+        "out": random.choice((0, 0, channels, channels, 3, 22)),
+    }
+    return sizes, {
+        "mode": random.choice(("amplitude", "phase")),
+        "negative_slope": random.choice((0.0, 0.01, 0.2)),
+    }
+
+
+def _amplitude_phase_bytes(case: Case) -> tuple[int, int]:
+    element = case.dtype.itemsize * _pixels(case)
+    c, out = case.sizes["channels"], _amplitude_phase_output(case)[1]
+    return element * (c + out), element * (2 * c + out)
+
+
+def _amplitude_phase_flops(case: Case) -> tuple[int, int]:
+    c, h, w, hidden = (case.sizes[name] for name in ("channels", "height", "width", "hidden"))
+    out = _amplitude_phase_output(case)[1]
+    bins = case.sizes["batch"] * h * (w // 2 + 1)
+    transform = int(2.5 * _pixels(case) * log2(max(2, h * w)))  # of one channel
+    layers, projection = 4 * bins * c * hidden, 4 * bins * c * out if case.sizes["out"] else 0
+    forward = layers + projection + (c + out) * transform
+    # backward: the layers again, gradients of both factors of every product
+    return forward, 3 * layers + 2 * projection + (2 * c + out) * transform
+
+
+def _spectral(
+    batch: int, channels: int, height: int, width: int, hidden: int, out: int, mode: str = "amplitude", slope=0.2
+) -> Case:
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "hidden": hidden, "out": out}
+    return Case(sizes, {"mode": mode, "negative_slope": slope})
+
+
+AMPLITUDE_PHASE_CONV = OpSpec(
+    name="amplitude_phase_conv",
+    family="amplitude_phase",
+    shapes=_amplitude_phase_shapes,
+    maps=("x",),
+    output_shape=_amplitude_phase_output,
+    cases=(
+        _spectral(1, 1, 1, 1, 1, 0),
+        _spectral(1, 3, 1, 2, 3, 0, "phase"),
+        _spectral(2, 3, 2, 1, 4, 3, "phase"),
+        _spectral(1, 5, 3, 4, 2, 7),
+        _spectral(2, 3, 4, 3, 3, 2, "phase"),
+        _spectral(0, 3, 4, 4, 3, 3, "phase"),
+        _spectral(2, 20, 13, 11, 20, 20),
+        _spectral(1, 20, 17, 23, 20, 20, "phase", 0.0),
+        _spectral(2, 8, 24, 20, 11, 0, "phase"),
+        _spectral(1, 3, 96, 80, 3, 3, "phase"),
+        _spectral(1, 160, 7, 6, 160, 160),
+        _spectral(1, 160, 7, 6, 160, 160, "phase"),
+    ),
+    typical=_spectral(2, 5, 6, 9, 7, 5, "phase"),
+    random_sizes=_random_amplitude_phase,
+    benchmark_cases=tuple(
+        _spectral(2, c, s, s, c, c, mode)
+        for c, s in ((20, 256), (40, 128), (80, 64), (160, 32))
+        for mode in ("amplitude", "phase")
+    ),
+    bytes_at_least=_amplitude_phase_bytes,
+    flops=_amplitude_phase_flops,
+    casts_like_convolution=False,
+    as_seen=_amplitude_phase_as_seen,
+)
+
+SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, AMPLITUDE_PHASE_CONV, WINDOW_ATTENTION)

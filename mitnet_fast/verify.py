@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from rich.table import Column, Table
 
-from .ops import BACKENDS, _dynamic_filter, _window_attention
+from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _window_attention
 from .ops._backends import FAMILIES, Kernels, why_not
 from .specs import SPECS, Case, OpSpec, compare
 
 KERNELS: dict[str, Kernels] = {
     "dynamic_filter": _dynamic_filter.KERNELS,
     "window_attention": _window_attention.KERNELS,
+    "amplitude_phase": _amplitude_phase.KERNELS,
 }
 
 

@@ -55,6 +55,11 @@ ALWAYS_INLINE Vec<T> load_once(const T* data) {
 #endif
 }
 
+template <typename T>
+T sum_of_lanes(const Vec<T>& vector) {
+  return at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, vector);
+}
+
 }  // namespace
 }  // namespace CPU_CAPABILITY
 }  // namespace mitnet_fast

@@ -180,11 +180,6 @@ void predicted_grad_features(const Planes& layout, int64_t begin, int64_t end, i
   }
 }
 
-template <typename T>
-T sum_of_lanes(const Vec<T>& vector) {
-  return at::vec::vec_reduce_all<T>([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, vector);
-}
-
 // Adds one channel's part of the tile to the sums of the features in [first, last): weight_sums[k·Cf + j],
 // and bias_sums[k] for j = Cf, whose plane is 1 everywhere. `grad` is 0 outside the tile.
 template <typename T, int K>

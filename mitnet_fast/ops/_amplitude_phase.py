@@ -1,11 +1,16 @@
-"""Public Fourier operators: real in, real out, no complex tensor crosses their border."""
+"""Public Fourier operators: real in, real out, no complex tensor crosses their border.
+
+The compiled backends of the convolution run behind ``mitnet_fast::amplitude_phase_conv`` and its
+backward operator, which computes the spectrum again: nothing but the inputs is kept.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from .. import reference
-from ._backends import Kernels, check_backend, choose
+from .._extension import EXTENSION
+from ._backends import Kernels, check_backend, choose, convolution_tf32, triton_kernels
 from ._checks import (
     autocast_dtype,
     check_image_size,
@@ -15,9 +20,10 @@ from ._checks import (
     check_tensor,
     without_autocast,
 )
+from ._registration import define, differentiate, empty_for, layout_of, or_empty
 
 MODES = ("amplitude", "phase")
-KERNELS = Kernels("amplitude_phase")
+KERNELS = Kernels("amplitude_phase", {("cpp", "cpu"): frozenset({torch.float32, torch.float64})})
 
 
 def amplitude_phase_conv(
@@ -91,10 +97,15 @@ def amplitude_phase_conv(
     check_one_device(**tensors)
     if autocast_dtype(x) is None:
         check_one_dtype(**tensors)
-    choose(KERNELS, backend, x.device.type, x.dtype)
     with without_autocast(x):
         wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
-        y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])
+        chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype)
+        if chosen == "reference":
+            y = reference.amplitude_phase_conv(
+                *wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5]
+            )
+        else:
+            y = torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen)
     return y.to(x.dtype)
 
 
@@ -175,3 +186,60 @@ def _check_images(**images: torch.Tensor) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor [..., H, W], got {what}")
         if image.dim() < 2 or image.shape[-1] < 1 or image.shape[-2] < 1:
             raise ValueError(f"{name}: expected shape [..., H, W] with at least one pixel, got {list(image.shape)}")
+
+
+def launchers(backend: str):
+    """The module that has the launchers of a compiled backend."""
+    return EXTENSION if backend == "cpp" else triton_kernels("amplitude_phase")
+
+
+def _forward(x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, backend):
+    weights = (weight1, bias1, weight2, bias2, output_weight)
+    launch = launchers(backend).amplitude_phase_conv_forward
+    return launch(x, *weights, mode == "phase", negative_slope, convolution_tf32(x))
+
+
+def _forward_fake(x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, backend):
+    channels = x.shape[1] if output_weight is None else output_weight.shape[0]
+    return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+def _backward(grad, x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, needs, backend):
+    weights = (weight1, bias1, weight2, bias2, output_weight)
+    launch = launchers(backend).amplitude_phase_conv_backward
+    grads = launch(grad, x, *weights, mode == "phase", negative_slope, convolution_tf32(x), *needs)
+    return tuple(or_empty(gradient, x) for gradient in grads)
+
+
+def _backward_fake(grad, x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, needs, backend):
+    tensors = (x, weight1, bias1, weight2, bias2, x if output_weight is None else output_weight)
+    return tuple(empty_for(tensor, needed) for tensor, needed in zip(tensors, needs, strict=True))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.mode, ctx.negative_slope, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad):
+    needs = ctx.needs_input_grad[:6]
+    grads = torch.ops.mitnet_fast.amplitude_phase_conv_backward(
+        grad, *ctx.saved_tensors, ctx.mode, ctx.negative_slope, needs, ctx.backend
+    )
+    return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None, None, None
+
+
+define(
+    "amplitude_phase_conv(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
+    " Tensor? output_weight, str mode, float negative_slope, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+define(
+    "amplitude_phase_conv_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
+    " Tensor? output_weight, str mode, float negative_slope, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+differentiate("amplitude_phase_conv", _setup, _gradients)

@@ -53,12 +53,39 @@ def amplitude_phase_conv(
     output_weight: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`mitnet_fast.ops.amplitude_phase_conv`."""
+    return amplitude_phase_conv_of_spectrum(
+        *_spectrum(x),
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        size=x.shape[-2:],
+        mode=mode,
+        negative_slope=negative_slope,
+        output_weight=output_weight,
+    )
+
+
+def amplitude_phase_conv_of_spectrum(
+    real: torch.Tensor,
+    imaginary: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    *,
+    size: torch.Size,
+    mode: str,
+    negative_slope: float,
+    output_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same from the parts of the half spectrum [B, C, H, W//2 + 1] of an image of ``size`` (H, W)."""
 
     def spectral_map(values: torch.Tensor) -> torch.Tensor:
         hidden = F.leaky_relu(F.conv2d(values, weight1[:, :, None, None], bias1), negative_slope)
         return F.conv2d(hidden, weight2[:, :, None, None], bias2)
 
-    amplitude, cosine, sine = _polar(*_spectrum(x))
+    amplitude, cosine, sine = _polar(real, imaginary)
     if mode == "amplitude":
         amplitude = spectral_map(amplitude)
         real, imaginary = amplitude * cosine, amplitude * sine
@@ -68,7 +95,7 @@ def amplitude_phase_conv(
     if output_weight is not None:
         kernel = output_weight[:, :, None, None]
         real, imaginary = F.conv2d(real, kernel), F.conv2d(imaginary, kernel)
-    return _inverse(real, imaginary, x.shape[-2:])
+    return _inverse(real, imaginary, size)
 
 
 def _spectrum(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

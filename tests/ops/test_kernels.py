@@ -219,11 +219,18 @@ def test_function_transforms_run_on_the_reference_only(spec, backend, device):
 
 
 @every_kernel
-def test_autocast_casts_as_for_a_convolution(spec, backend, device):
-    assert torch.bfloat16 in dtypes_of(spec, backend, device)
+def test_autocast_casts_as_for_a_convolution_or_computes_in_float32(spec, backend, device):
     case = typical(spec)
     tensors = spec.inputs(case, device)
     rounded = {name: t if t is None else t.bfloat16() for name, t in tensors.items()}
     with torch.autocast(device, dtype=torch.bfloat16):
         y = spec.run(case, tensors, backend)
-    assert torch.equal(y, spec.run(case, rounded, backend))
+        of_rounded = spec.run(case, rounded, backend)
+    if spec.casts_like_convolution:
+        assert torch.bfloat16 in dtypes_of(spec, backend, device)
+        assert torch.equal(y, spec.run(case, rounded, backend))
+        assert torch.equal(of_rounded, y)
+    else:
+        widened = {name: t if t is None else t.float() for name, t in rounded.items()}
+        assert torch.equal(y, spec.run(case, tensors, backend))
+        assert torch.equal(of_rounded, spec.run(case, widened, backend).bfloat16())
