@@ -97,15 +97,12 @@ def amplitude_phase_conv(
     check_one_device(**tensors)
     if autocast_dtype(x) is None:
         check_one_dtype(**tensors)
+    wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
+    chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype)
+    if chosen != "reference":
+        return torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen).to(x.dtype)
     with without_autocast(x):
-        wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
-        chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype)
-        if chosen == "reference":
-            y = reference.amplitude_phase_conv(
-                *wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5]
-            )
-        else:
-            y = torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen)
+        y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])
     return y.to(x.dtype)
 
 
