@@ -669,6 +669,17 @@ def amplitude_phase_conv_backward(
     return grad_x, *grad_map, grad_output_weight
 
 
+def amplitude_phase_conv_spectrum(x: torch.Tensor) -> torch.Tensor:
+    """The half spectrum [B, C, H, W//2 + 1, 2] from which the kernels compute, for tests."""
+    height, width = x.shape[-2:]
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:3], width // 2 + 1, 2)
+    spectrum = _half_spectrum(x)
+    rows, columns = (slice(None, None, side // 2) if side % 2 == 0 else slice(1) for side in (height, width))
+    spectrum[:, :, rows, columns, 1] = 0.0
+    return spectrum
+
+
 class _Call:
     """Sizes and options that the kernels of one call share."""
 
