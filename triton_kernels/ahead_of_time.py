@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import dynamic_filter
+from . import amplitude_phase, dynamic_filter
 from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
@@ -74,6 +74,8 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
         yield _dynamic_filter(20, 256, 3, torch.bfloat16, torch.channels_last)
         yield _predicted(20, 256, 3, torch.bfloat16, torch.contiguous_format, False)
         yield _predicted(20, 256, 3, torch.float32, torch.contiguous_format, True)
+        yield _amplitude_phase(20, 256, False, True)
+        yield _amplitude_phase(20, 256, True, False)
         return
     for dtype, layout in product(DTYPES, (torch.contiguous_format, torch.channels_last)):
         for size in (1, 3, 5, 7):
@@ -83,6 +85,9 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
                 yield _predicted(channels, side, 3, dtype, layout, tf32)
             for size in (1, 5, 7):
                 yield _predicted(20, 256, size, dtype, layout, tf32)
+    for phase, tf32 in product((False, True), repeat=2):
+        for channels, side in ((20, 256), (40, 128), (80, 64), (160, 32)):
+            yield _amplitude_phase(channels, side, phase, tf32)
 
 
 def _dynamic_filter(
@@ -109,6 +114,18 @@ def _predicted(
         dynamic_filter.predicted_dynamic_filter_backward(x, x, x, weight, bias, True, tf32, True, True, True, True)
 
     return call, _label(channels, size, dtype, layout, "tf32" if tf32 else "")
+
+
+def _amplitude_phase(channels: int, side: int, phase: bool, tf32: bool) -> tuple[Callable[[], object], str]:
+    x = _map(channels, side, torch.float32, torch.contiguous_format)
+    weight, bias = torch.empty(channels, channels, device="meta"), torch.empty(channels, device="meta")
+    arguments = x, weight, bias, weight, bias, weight, phase, 0.2, tf32
+
+    def call() -> None:
+        amplitude_phase.amplitude_phase_conv_forward(*arguments)
+        amplitude_phase.amplitude_phase_conv_backward(x, *arguments, *[True] * 6)
+
+    return call, f"C={channels} {'phase' if phase else 'amplitude'} {'tf32' if tf32 else 'float32'}"
 
 
 def _map(channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
