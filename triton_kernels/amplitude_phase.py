@@ -127,8 +127,9 @@ def _arctangent2(y, x):
 def _cosine_and_sine(angle):
     """Both to about 1 ulp of 1. The argument is reduced in float64, which takes phases of any network."""
     quarters = angle.to(tl.float64) * 0.6366197723675814
-    whole = tl.floor(quarters + 0.5)
-    quadrant = whole.to(tl.int64).to(tl.int32)
+    whole = tl.floor(quarters)
+    whole = tl.where(quarters - whole > 0.5, whole + 1.0, whole)
+    quadrant = (whole - 4.0 * tl.floor(whole * 0.25)).to(tl.int32)
     r = ((quarters - whole) * 1.5707963267948966).to(tl.float32)
     z = r * r
     sine = ((-0.0001951463200384751 * z + 0.008332155644893646) * z - 0.16666655242443085) * (r * z) + r

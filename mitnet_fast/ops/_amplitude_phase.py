@@ -23,7 +23,14 @@ from ._checks import (
 from ._registration import define, differentiate, empty_for, layout_of, or_empty
 
 MODES = ("amplitude", "phase")
-KERNELS = Kernels("amplitude_phase", {("cpp", "cpu"): frozenset({torch.float32, torch.float64})})
+KERNELS = Kernels(
+    "amplitude_phase",
+    {
+        ("cpp", "cpu"): frozenset({torch.float32, torch.float64}),
+        ("triton", "cuda"): frozenset({torch.float32}),
+        ("triton", "cpu"): frozenset({torch.float32}),
+    },
+)
 
 
 def amplitude_phase_conv(

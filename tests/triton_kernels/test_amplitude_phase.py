@@ -1,6 +1,5 @@
 """The Triton kernels of the amplitude / phase convolution against the truth, and their arithmetic."""
 
-import itertools
 import statistics
 
 import numpy as np
@@ -74,7 +73,8 @@ def test_exactly_the_wanted_gradients_are_computed(mode):
     backward = launchers.amplitude_phase_conv_backward
     call = arguments(case(2, 2, 3, 4, 3, 2, mode))
     everything = backward(*call, *[True] * 6)
-    for wanted in itertools.product((False, True), repeat=6):
+    one_each = [tuple(place == i for i in range(6)) for place in range(7)]  # the last is none at all
+    for wanted in one_each:
         for gradient, expected, needed in zip(backward(*call, *wanted), everything, wanted, strict=True):
             assert torch.equal(gradient, expected) if needed else gradient is None
 
