@@ -7,10 +7,13 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "amplitude_phase/amplitude_phase_cpu.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "dynamic_filter/dynamic_filter_cpu.h"
+#include "window_attention/window_attention_cpu.h"
 #ifdef MITNET_FAST_WITH_CUDA
 #include "common/cuda_device.h"
 #endif
@@ -55,7 +58,7 @@ py::list cuda_device_list() {
   return devices;
 }
 
-DataType data_type(const at::Tensor& tensor) {
+DataType data_type(const at::Tensor& tensor, const char* name = "x") {
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return DataType::float32;
@@ -66,18 +69,19 @@ DataType data_type(const at::Tensor& tensor) {
     case at::kHalf:
       return DataType::float16;
     default:
-      TORCH_CHECK_TYPE(false, "x: dtype ", tensor.scalar_type(),
+      TORCH_CHECK_TYPE(false, name, ": dtype ", tensor.scalar_type(),
                        " is not supported, allowed: float32, float64, bfloat16, float16");
   }
 }
 
 // Raises unless `tensor` has the sizes and is on the device and of the dtype of `x`.
-void check_like(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes, const at::Tensor& x) {
+void check_like(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes, const at::Tensor& x,
+                const char* x_name = "x") {
   TORCH_CHECK_VALUE(tensor.defined() && tensor.layout() == at::kStrided, name, ": expected a dense tensor");
   TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, ": expected shape ", sizes, ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(),
-                   " as x has, got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": expected device ", x.device(), " as x has, got ",
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(), " as ", x_name,
+                   " has, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, ": expected device ", x.device(), " as ", x_name, " has, got ",
                     tensor.device());
 }
 
@@ -385,6 +389,76 @@ at::Tensor amplitude_phase_conv_spectrum(const at::Tensor& x) {
   return spectra;
 }
 
+// Whether reflection can pad an axis of `size` pixels to whole windows.
+void check_reflection(const char* axis, int64_t size, int64_t window_size, int64_t shift) {
+  const int64_t after = (window_size - (shift + size) % window_size) % window_size;
+  TORCH_CHECK_VALUE(std::max(shift, after) < size, "v: ", axis, " ", size,
+                    " is too small to be padded by reflection to whole windows, needs at least ",
+                    std::max(shift, after) + 1, " pixels");
+}
+
+WindowAttentionShape checked_shape(const at::Tensor& qk, const at::Tensor& v, const at::Tensor& bias_table,
+                                   int64_t num_heads, int64_t window_size, int64_t shift) {
+  check_map("v", v);
+  const DataType dtype = data_type(v, "v");
+  check_like("qk", qk, {v.size(0), 2 * v.size(1), v.size(2), v.size(3)}, v, "v");
+  TORCH_CHECK_VALUE(num_heads >= 1 && v.size(1) % num_heads == 0, "num_heads: must divide the ", v.size(1),
+                    " channels of v, got ", num_heads);
+  TORCH_CHECK_VALUE(window_size >= 1, "window_size: must be at least 1, got ", window_size);
+  TORCH_CHECK_VALUE(0 <= shift && shift < window_size,
+                    "shift: must be at least 0 and below window_size = ", window_size, ", got ", shift);
+  check_like("bias_table", bias_table, {(2 * window_size - 1) * (2 * window_size - 1), num_heads}, v, "v");
+  check_reflection("height", v.size(2), window_size, shift);
+  check_reflection("width", v.size(3), window_size, shift);
+  return {dtype, v.size(0), v.size(1), v.size(2), v.size(3), num_heads, window_size, shift};
+}
+
+void check_window_attention_on_cpu(const at::Tensor& v) {
+  TORCH_CHECK_TYPE(v.scalar_type() != at::kHalf,
+                   "v: dtype Half is not supported on cpu, allowed: float32, float64, bfloat16");
+}
+
+at::Tensor window_attention_forward(const at::Tensor& qk, const at::Tensor& v, const at::Tensor& bias_table,
+                                    int64_t num_heads, int64_t window_size, int64_t shift, bool tf32) {
+  const auto shape = checked_shape(qk, v, bias_table, num_heads, window_size, shift);
+  const at::Tensor table = bias_table.contiguous();
+  const at::Tensor y = empty_for(v);
+  const WindowAttentionForward call{shape, view(qk), view(v), table.const_data_ptr(), mutable_view(y)};
+  if (v.is_cpu()) {
+    check_window_attention_on_cpu(v);
+    launch_on_cpu(window_attention_cpu_kernels().forward, call);
+  } else {
+    no_kernels_for(v);
+  }
+  return y;
+}
+
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> window_attention_backward(
+    const at::Tensor& grad, const at::Tensor& qk, const at::Tensor& v, const at::Tensor& bias_table, int64_t num_heads,
+    int64_t window_size, int64_t shift, bool tf32, bool needs_qk, bool needs_v, bool needs_bias_table) {
+  const auto shape = checked_shape(qk, v, bias_table, num_heads, window_size, shift);
+  check_like("grad", grad, v.sizes(), v, "v");
+  const at::Tensor table = bias_table.contiguous();
+  const at::Tensor grad_qk = empty_for(qk, needs_qk);
+  const at::Tensor grad_v = empty_for(v, needs_v);
+  const at::Tensor grad_bias_table = needs_bias_table ? at::empty(table.sizes(), table.options()) : at::Tensor();
+  const WindowAttentionBackward call{shape,
+                                     view(grad),
+                                     view(qk),
+                                     view(v),
+                                     table.const_data_ptr(),
+                                     mutable_view(grad_qk),
+                                     mutable_view(grad_v),
+                                     needs_bias_table ? grad_bias_table.mutable_data_ptr() : nullptr};
+  if (v.is_cpu()) {
+    check_window_attention_on_cpu(v);
+    launch_on_cpu(window_attention_cpu_kernels().backward, call);
+  } else {
+    no_kernels_for(v);
+  }
+  return {if_defined(grad_qk), if_defined(grad_v), if_defined(grad_bias_table)};
+}
+
 }  // namespace
 }  // namespace mitnet_fast
 
@@ -419,4 +493,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("phase"), py::arg("negative_slope"), py::arg("tf32"), py::arg("needs_x"), py::arg("needs_weight1"),
              py::arg("needs_bias1"), py::arg("needs_weight2"), py::arg("needs_bias2"), py::arg("needs_output_weight"));
   module.def("amplitude_phase_conv_spectrum", kernel(&amplitude_phase_conv_spectrum), py::arg("x"));
+  module.def("window_attention_forward", kernel(&window_attention_forward), py::arg("qk"), py::arg("v"),
+             py::arg("bias_table"), py::arg("num_heads"), py::arg("window_size"), py::arg("shift"), py::arg("tf32"));
+  module.def("window_attention_backward", kernel(&window_attention_backward), py::arg("grad"), py::arg("qk"),
+             py::arg("v"), py::arg("bias_table"), py::arg("num_heads"), py::arg("window_size"), py::arg("shift"),
+             py::arg("tf32"), py::arg("needs_qk"), py::arg("needs_v"), py::arg("needs_bias_table"));
 }

@@ -182,28 +182,34 @@ void load_tile_with_halo(const ConstMapView& map, int64_t channel, int64_t chann
                     layout.stride, layout.pitch);
 }
 
+// The reverse of copy_to_planes.
+template <typename S, typename T>
+void copy_from_planes(const T* planes, int64_t stride, int64_t pitch, const MapView& map, int64_t sample,
+                      int64_t channel, int64_t channels, int64_t row, int64_t height, int64_t column, int64_t width) {
+  S* data = static_cast<S*>(map.data) + sample * map.stride_n + channel * map.stride_c + row * map.stride_h +
+            column * map.stride_w;
+  if (map.stride_w == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < height; ++i)
+        convert_row(planes + c * stride + i * pitch, data + c * map.stride_c + i * map.stride_h, width);
+  } else if (map.stride_c == 1) {
+    for (int64_t i = 0; i < height; ++i)
+      transpose(planes + i * pitch, stride, data + i * map.stride_h, map.stride_w, channels, width);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j)
+          data[c * map.stride_c + i * map.stride_h + j * map.stride_w] =
+              static_cast<S>(planes[c * stride + i * pitch + j]);
+  }
+}
+
 // Writes a tile's pixels of `channels` channels.
 template <typename S, typename T>
 void store_tile(const T* planes, const Planes& layout, const Tile& tile, const MapView& map, int64_t channel,
                 int64_t channels) {
-  S* data = static_cast<S*>(map.data) + tile.sample * map.stride_n + channel * map.stride_c + tile.row * map.stride_h +
-            tile.column * map.stride_w;
-  planes += layout.begin;
-  if (map.stride_w == 1) {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < tile.height; ++i)
-        convert_row(planes + c * layout.stride + i * layout.pitch, data + c * map.stride_c + i * map.stride_h,
-                    tile.width);
-  } else if (map.stride_c == 1) {
-    for (int64_t i = 0; i < tile.height; ++i)
-      transpose(planes + i * layout.pitch, layout.stride, data + i * map.stride_h, map.stride_w, channels, tile.width);
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < tile.height; ++i)
-        for (int64_t j = 0; j < tile.width; ++j)
-          data[c * map.stride_c + i * map.stride_h + j * map.stride_w] =
-              static_cast<S>(planes[c * layout.stride + i * layout.pitch + j]);
-  }
+  copy_from_planes<S>(planes + layout.begin, layout.stride, layout.pitch, map, tile.sample, channel, channels, tile.row,
+                      tile.height, tile.column, tile.width);
 }
 
 }  // namespace

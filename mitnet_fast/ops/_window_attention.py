@@ -22,7 +22,10 @@ from ._checks import (
 )
 from ._registration import define, differentiate, empty_for, or_empty
 
-KERNELS = Kernels("window_attention")
+KERNELS = Kernels(
+    "window_attention",
+    {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})},
+)
 
 
 def window_attention(
