@@ -5,6 +5,7 @@
 #   make test        the tests that decide (≤ 15 minutes on 2 cores)
 #   make test-all    every test
 #   make verify      every kernel that can run here against float64
+#   make bench       speed and memory of operators and networks on this machine, minutes
 #   make lint        formatting and static checks
 #   make gpu-report OUT=folder   on a machine with a GPU: tests, checks, speed, memory checker
 
@@ -25,7 +26,7 @@ endif
 
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all verify lint gpu-report clean $(if $(PYTHON),$(INSTALLED))
+.PHONY: demo test test-all verify bench lint gpu-report clean $(if $(PYTHON),$(INSTALLED))
 
 demo: $(INSTALLED)
 	$(PY) -m mitnet_fast demo $(DEMO_ARGS)
@@ -43,6 +44,9 @@ lint: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(PY) -m mitnet_fast verify $(VERIFY_ARGS)
+
+bench: $(INSTALLED)
+	$(PY) -m mitnet_fast bench $(BENCH_ARGS)
 
 gpu-report: $(INSTALLED)
 	$(PY) -m benchmarks.gpu_report $(or $(OUT),gpu-report) $(REPORT_ARGS)

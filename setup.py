@@ -209,10 +209,11 @@ setup(
     packages=[
         "mitnet_fast",
         *(f"mitnet_fast.{path.parent.name}" for path in sorted((ROOT / "mitnet_fast").glob("*/__init__.py"))),
+        "mitnet_fast.benchmarks",
         "mitnet_fast.triton_kernels",
     ],
-    # the bare name triton_kernels belongs to another project on PyPI
-    package_dir={"mitnet_fast.triton_kernels": "triton_kernels"},
+    # bare names are everybody's: triton_kernels belongs to another project on PyPI
+    package_dir={"mitnet_fast.benchmarks": "benchmarks", "mitnet_fast.triton_kernels": "triton_kernels"},
     package_data={
         "mitnet_fast": ["py.typed"],
         "mitnet_fast.ops": ["*.json"],

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from .measure import environment, take_turns
+from .measure import environment, machine_rates
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -69,26 +69,6 @@ def parts(folder: Path) -> Iterator[Part]:
     for tool in SANITIZER_TOOLS:
         check = (python, "-m", "benchmarks.gpu_report", str(folder), "--calls-for-sanitizer")
         yield Part(f"sanitizer-{tool}", (sanitizer, "--tool", tool, "--error-exitcode", "1", *check), 60)
-
-
-def measure_rates() -> dict[str, float]:
-    """Copy bandwidth (GB/s, read and written) and matrix rates (TFLOP/s) of this GPU."""
-    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    copy = take_turns({"copy": lambda turn: target.copy_(source)}, "cuda", seconds=0.5)["copy"]
-    rates = {"copy_gb_per_s": 2 * source.numel() * 4 / copy.median / 1e9}
-    size = 8192
-    for name, dtype, precision in (
-        ("ieee_float32", torch.float32, "ieee"),
-        ("tf32", torch.float32, "tf32"),
-        ("bfloat16", torch.bfloat16, "ieee"),
-        ("float16", torch.float16, "ieee"),
-    ):
-        left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-        torch.backends.cuda.matmul.fp32_precision = precision
-        product = take_turns({"mm": lambda turn, a=left, b=right: a @ b}, "cuda", seconds=0.5)["mm"]
-        rates[f"matrix_{name}_tflop_per_s"] = 2 * size**3 / product.median / 1e12
-    return rates
 
 
 def calls_for_sanitizer() -> None:
@@ -157,7 +137,7 @@ def main() -> None:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     if options.rates:
-        (folder / "rates.json").write_text(json.dumps(measure_rates(), indent=1) + "\n")
+        (folder / "rates.json").write_text(json.dumps(machine_rates("cuda"), indent=1) + "\n")
         return
     wanted = [part for part in parts(folder) if not options.part or part.name.startswith(tuple(options.part))]
     if not wanted:

@@ -107,6 +107,33 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def machine_rates(device: str) -> dict[str, float]:
+    """Limits of this machine that speeds are held against.
+
+    Returns:
+        ``copy_gb_per_s``: gigabytes per second, read and written; ``matrix_…_gflops``: of a matrix
+        product in float32 (IEEE), on a GPU also tf32, bfloat16 and float16.
+    """
+    large = device == "cuda"
+    source = torch.ones(2**28 if large else 2**25, device=device)
+    target = torch.empty_like(source)
+    copy = take_turns({"copy": lambda turn: target.copy_(source)}, device, seconds=0.5)["copy"]
+    rates = {"copy_gb_per_s": 2 * source.numel() * source.element_size() / copy.median / 1e9}
+    size = 8192 if large else 1024
+    kinds = {"float32": (torch.float32, "ieee")}
+    if large:
+        kinds |= {"tf32": (torch.float32, "tf32")}
+        kinds |= {str(dtype).removeprefix("torch."): (dtype, "ieee") for dtype in (torch.bfloat16, torch.float16)}
+    before = torch.backends.cuda.matmul.fp32_precision
+    for name, (dtype, precision) in kinds.items():
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        torch.backends.cuda.matmul.fp32_precision = precision
+        product = take_turns({"mm": lambda turn, a=left, b=right: a @ b}, device, seconds=0.5)["mm"]
+        rates[f"matrix_{name}_gflops"] = 2 * size**3 / product.median / 1e9
+    torch.backends.cuda.matmul.fp32_precision = before
+    return rates
+
+
 def environment(device: str) -> dict[str, str]:
     """Device, versions and commit, which every row of a result carries."""
     return {

@@ -159,11 +159,12 @@ def memory(network: str, work: str, name: str, batch: int, size: int, device: st
         return peak_memory(prepare(network, work, implementation, batch, size, device), device) / 1e6
 
 
-def _memory_in_own_process(network: str, work: str, name: str, batch: int, size: int, device: str) -> float | None:
+def memory_in_own_process(network: str, work: str, name: str, batch: int, size: int, device: str) -> float | None:
+    """The same, measured where nothing else was; None for compiled networks."""
     if name in COMPILED:
         return None  # the compiler's own memory dominates
     words = ["--memory-of", network, work, name, str(batch), str(size), device]
-    command = [sys.executable, "-m", "benchmarks.models", *words]
+    command = [sys.executable, "-m", __spec__.name, *words]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -207,7 +208,7 @@ def measure(
             p80_ms=timing and timing.p80 * 1e3,
             runs=timing.runs if timing else 0,
             speedup_over_plain=timing and fastest_plain / timing.median,
-            peak_memory_mb=timing and _memory_in_own_process(network, work, name, batch, size, device),
+            peak_memory_mb=timing and memory_in_own_process(network, work, name, batch, size, device),
             precision="IEEE" if device == "cpu" else torch.backends.cudnn.conv.fp32_precision.upper(),
             **environment(device),
         )

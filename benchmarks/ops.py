@@ -168,10 +168,11 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
 
 
 def _shape(case: Case) -> str:
-    """The case's map as [B, C, H, W], then its other sizes by name."""
+    """The case's map as [B, C, H, W], then its other sizes and what it is asked to do by name."""
     sizes = dict(case.sizes)
     shape = [sizes.pop(name) for name in ("batch", "channels", "height", "width")]
-    return " ".join([str(shape), *(f"{name}={value}" for name, value in sizes.items())])
+    words = {name: value for name, value in case.options.items() if isinstance(value, str)}
+    return " ".join([str(shape), *(f"{name}={value}" for name, value in (sizes | words).items())])
 
 
 def _precision(case: Case, device: str) -> str:
@@ -186,9 +187,7 @@ def _memory_in_own_process(spec: OpSpec, case: Case, name: str, device: str) -> 
         return None
     sizes = json.dumps({"sizes": dict(case.sizes), "options": dict(case.options)})
     words = ["--memory-of", spec.name, sizes, str(case.dtype), case.layout, name, device]
-    answer = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ops", *words], capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run([sys.executable, "-m", __spec__.name, *words], capture_output=True, text=True, check=True)
     return float(answer.stdout.splitlines()[-1])
 
 

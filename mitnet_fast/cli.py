@@ -253,6 +253,37 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, files and pictures.")] = Path(
+        "bench"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="One case of each operator, small networks' images.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile of plain PyTorch as a baseline; takes minutes.")
+    ] = False,
+    family: Annotated[list[str] | None, typer.Option(help="Kernel families; all by default.")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="MITNet or DCMPNet, or none; both by default.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure operators and whole networks against plain PyTorch on this machine."""
+    from .benchmarks import bench as benchmark
+    from .benchmarks.models import NETWORKS
+    from .ops._backends import FAMILIES
+
+    networks = tuple(NETWORKS) if network is None else tuple(name for name in network if name != "none")
+    chosen = _device(device).partition(":")[0]
+    benchmark.run(
+        output,
+        quick=quick,
+        compiled=compiled,
+        families=family or FAMILIES,
+        networks=networks,
+        device=chosen,
+        console=console,
+    )
+
+
 def main() -> None:
     """Run the command line; what a user did wrong is one line and exit code 2, never a traceback."""
     for stream in (sys.stdout, sys.stderr):  # a name that the encoding does not know is no reason to fail

@@ -5,12 +5,15 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
+from PIL import Image, ImageColor
+from rich.console import Console
 
-from benchmarks import gpu_report, measure, ops, resources
+from benchmarks import bench, gpu_report, measure, models, ops, plots, resources, summary, work
+from mitnet_fast.ops import _backends
 from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER
 
 SMALL = replace(
@@ -130,3 +133,113 @@ def test_the_report_names_its_parts(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_report.main()
     assert "verify" in capsys.readouterr().err
+
+
+# operators and gigabytes of a training step at batch 8, 256×256, float32: what is reached must not be lost
+WORK = {"MITNet": (680, 36.1)}
+
+
+@pytest.mark.parametrize("network", WORK)
+def test_the_work_of_a_training_step_does_not_grow(network):
+    published, plain, fused = work.rows(network)
+    assert (published.operators, published.gigabytes) == work.PUBLISHED[network]
+    assert fused.operators <= WORK[network][0]
+    assert fused.gigabytes <= WORK[network][1]
+    assert fused.operators < plain.operators
+    assert fused.gigabytes < plain.gigabytes
+
+
+def test_work_counts_operands_and_results_of_what_is_no_view():
+    with work.WorkCounter() as counter:
+        x = torch.ones(2, 3, 4)  # fill, in place of empty memory
+        y = x.view(6, 4).t() @ torch.ones(6, 5)
+        y.relu_()
+    assert counter.operators == {"ones": 2, "mm": 1, "relu_": 1}
+    assert counter.bytes == {"ones": 4 * (24 + 30), "mm": 4 * (24 + 30 + 20), "relu_": 4 * 20 * 2}
+
+
+def test_a_network_that_is_wrong_has_no_speed(monkeypatch):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        @torch.no_grad()
+        def restore(self, image):
+            wrong = image.dtype == torch.float32 and _backends._forced.get("dynamic_filter") != "reference"
+            return self.layer(image) * (1.001 if wrong else 1)
+
+    monkeypatch.setitem(models.NETWORKS, "MITNet", Network)
+    monkeypatch.setattr(models, "memory_in_own_process", lambda *_: 1.0)
+    rows = models.measure("MITNet", "inference", 1, 16, "cpu", 0.01)
+    assert [row.implementation for row in rows] == list(models.IMPLEMENTATIONS)
+    for row in rows:
+        fused = row.implementation.startswith("fused")
+        assert row.correct != fused
+        assert row.problem == ("fails its check" if fused else None)
+        assert (row.median_ms is None) == (row.speedup_over_plain is None) == fused
+    assert max(row.speedup_over_plain for row in rows if row.correct) == 1.0
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    small = replace(PREDICTED_DYNAMIC_FILTER, benchmark_cases=(SMALL,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "SPECS", (small,))
+        patch.setattr(bench, "QUICK_SECONDS", 0.02)
+        rows = bench.run(folder, quick=True, networks=(), console=Console(quiet=True))
+    return folder, rows
+
+
+def test_a_run_writes_every_row_and_its_pictures(quick_run):
+    folder, rows = quick_run
+    written = json.loads((folder / "bench.json").read_text())
+    assert written == [asdict(row) for row in rows]
+    rates = json.loads((folder / "rates.json").read_text())
+    assert rates["copy_gb_per_s"] > 0.1
+    assert rates["matrix_float32_gflops"] > 1
+    assert {(row.implementation, row.work) for row in rows} >= {
+        ("eager", "forward"),
+        ("cpp", "forward + backward"),
+    }
+    for row in rows:
+        assert row.correct
+        assert row.p20_ms <= row.median_ms <= row.p80_ms
+        assert row.bandwidth_share == pytest.approx(row.gigabytes_per_second / rates["copy_gb_per_s"])
+        assert row.matrix_rate_share == pytest.approx(row.gigaflops / rates["matrix_float32_gflops"])
+    for name in ("speedups", "roofline"):
+        assert (folder / f"{name}.svg").read_text().lstrip().startswith("<?xml")
+        with Image.open(folder / f"{name}.png") as picture:
+            drawn = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}
+        assert drawn >= {ImageColor.getrgb(plots.COLOURS[kind]) for kind in ("plain", "kernel")}
+
+
+def test_the_summary_holds_the_rows_and_goes_into_a_readme(quick_run, tmp_path):
+    folder, rows = quick_run
+    text = summary.markdown(folder, "pictures")
+    best = next(row for row in rows if row.implementation == "cpp" and row.work == "forward + backward")
+    assert f"| cpp | {best.median_ms:.1f} ({best.p20_ms:.1f}–{best.p80_ms:.1f}) | {best.speedup:.2f} |" in text
+    assert "](pictures/speedups.png)" in text
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    summary.insert(readme, text)
+    summary.insert(readme, text)
+    assert readme.read_text() == f"before\n{summary.BEGIN}\n{text}{summary.END}\nafter\n"
+    (tmp_path / "other.md").write_text("no marks")
+    with pytest.raises(ValueError, match="each of the marks"):
+        summary.insert(tmp_path / "other.md", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"families": ("fft",)}, "families: got fft, allowed are dynamic_filter"),
+        ({"networks": ("UNet",)}, "networks: got UNet, allowed are MITNet, DCMPNet"),
+        ({"device": "tpu"}, "device: got 'tpu', allowed are cpu, cuda"),
+    ],
+)
+def test_a_run_refuses_what_it_does_not_know(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        bench.run(tmp_path / "bench", **changes)
+    assert not (tmp_path / "bench").exists()
