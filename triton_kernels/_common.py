@@ -70,7 +70,7 @@ def offset_type(*maps: Map) -> tl.dtype:
     return tl.int32 if max(extents) < 2**30 else tl.int64
 
 
-def check_pixels(tensor: torch.Tensor) -> None:
+def check_pixels(name: str, tensor: torch.Tensor) -> None:
     """Raise for an image whose pixels 32 bits cannot count (offsets into maps have 64).
 
     Raises:
@@ -78,7 +78,7 @@ def check_pixels(tensor: torch.Tensor) -> None:
     """
     height, width = tensor.shape[-2:]
     if height * width > MAX_PIXELS:
-        raise ValueError(f"x: the Triton kernels take at most {MAX_PIXELS} pixels per image, got {height}×{width}")
+        raise ValueError(f"{name}: the Triton kernels take at most {MAX_PIXELS} pixels per image, got {height}×{width}")
 
 
 def power_of_two(size: int, *, at_most: int) -> int:

@@ -27,10 +27,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import amplitude_phase, dynamic_filter
+from . import amplitude_phase, dynamic_filter, window_attention
 from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
+WINDOWS = ((24, 2, 8), (96, 6, 8), (64, 1, 8), (24, 1, 4), (24, 2, 7), (24, 2, 16), (64, 2, 16))  # channels, heads, w
 TUNED_OPTIONS = ("num_warps", "num_stages")
 
 
@@ -76,6 +77,9 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
         yield _predicted(20, 256, 3, torch.float32, torch.contiguous_format, True)
         yield _amplitude_phase(20, 256, False, True)
         yield _amplitude_phase(20, 256, True, False)
+        yield _window_attention(24, 2, 8, torch.bfloat16, torch.contiguous_format, False)
+        yield _window_attention(24, 2, 8, torch.bfloat16, torch.channels_last, False)
+        yield _window_attention(24, 2, 8, torch.float32, torch.contiguous_format, True)
         return
     for dtype, layout in product(DTYPES, (torch.contiguous_format, torch.channels_last)):
         for size in (1, 3, 5, 7):
@@ -85,6 +89,8 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
                 yield _predicted(channels, side, 3, dtype, layout, tf32)
             for size in (1, 5, 7):
                 yield _predicted(20, 256, size, dtype, layout, tf32)
+            for channels, heads, window in WINDOWS:
+                yield _window_attention(channels, heads, window, dtype, layout, tf32)
     for phase, tf32 in product((False, True), repeat=2):
         for channels, side in ((20, 256), (40, 128), (80, 64), (160, 32)):
             yield _amplitude_phase(channels, side, phase, tf32)
@@ -128,13 +134,31 @@ def _amplitude_phase(channels: int, side: int, phase: bool, tf32: bool) -> tuple
     return call, f"C={channels} {'phase' if phase else 'amplitude'} {'tf32' if tf32 else 'float32'}"
 
 
+def _window_attention(
+    channels: int, heads: int, window_size: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> tuple[Callable[[], object], str]:
+    qk, v = (_map(count, 256, dtype, layout) for count in (2 * channels, channels))
+    table = torch.empty((2 * window_size - 1) ** 2, heads, dtype=dtype, device="meta")
+    options = table, heads, window_size, window_size // 2, tf32
+
+    def call() -> None:
+        window_attention.window_attention_forward(qk, v, *options)
+        window_attention.window_attention_backward(v, qk, v, *options, True, True, True)
+
+    return call, f"C={channels} d={channels // heads} w={window_size} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
 def _map(channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
     return torch.empty(8, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
 
 
 def _label(channels: int, size: int, dtype: torch.dtype, layout: torch.memory_format, product_type: str = "") -> str:
+    return f"C={channels} K={size} {_kind(dtype, layout, product_type)}"
+
+
+def _kind(dtype: torch.dtype, layout: torch.memory_format, product_type: str) -> str:
     kind = product_type or str(dtype).removeprefix("torch.")
-    return f"C={channels} K={size} {kind} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+    return f"{kind} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> CompiledKernel:

@@ -576,7 +576,7 @@ def amplitude_phase_conv_forward(
 
     ``tf32`` lets the products with the weights run in TF32; the transforms never do.
     """
-    check_pixels(x)
+    check_pixels("x", x)
     outputs = x.shape[1] if output_weight is None else output_weight.shape[0]
     if x.numel() == 0:  # FFT libraries refuse an empty batch
         return _like(x.new_empty(x.shape[0], outputs, *x.shape[2:]), x)
@@ -614,7 +614,7 @@ def amplitude_phase_conv_backward(
     needs_output_weight: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight1, bias1, weight2, bias2 and output_weight, None for one that is not needed."""
-    check_pixels(x)
+    check_pixels("x", x)
     needs_map = needs_weight1, needs_bias1, needs_weight2, needs_bias2
     if x.numel() == 0:
         tensors = zip((weight1, bias1, weight2, bias2), needs_map, strict=True)

@@ -487,7 +487,7 @@ def _filter(
     x: torch.Tensor, filters: torch.Tensor, residual: bool, *, transposed: bool, like: torch.Tensor | None = None
 ) -> torch.Tensor:
     """y; ``transposed``: the gradient of x, laid out as ``like``, from that of y in the place of x."""
-    check_pixels(x)
+    check_pixels("x", x)
     batch, channels, height, width = x.shape
     inputs, taps, y = as_map(x), as_map(filters), empty_map(x if like is None else like)
     blocks = _elementwise_configuration("filter", taps, channels)
@@ -511,7 +511,7 @@ def _filter(
 
 def _grad_filters(grad: torch.Tensor, x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     """Gradient of given filters."""
-    check_pixels(x)
+    check_pixels("x", x)
     batch, channels, height, width = x.shape
     grads, inputs, grad_filters = as_map(grad), as_map(x), empty_map(filters)
     blocks = _elementwise_configuration("grad_filters", grad_filters, channels)
@@ -549,7 +549,7 @@ def _predicted_filter(
     like: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y; ``transposed``: the gradient of x, laid out as ``like``, from that of y in the place of x."""
-    check_pixels(x)
+    check_pixels("x", x)
     batch, channels, height, width = x.shape
     inputs, predictors, y = as_map(x), as_map(features), empty_map(x if like is None else like)
     kernel = "grad_x" if transposed else "forward"
@@ -583,7 +583,7 @@ def _grad_features(
     grad: torch.Tensor, x: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, tf32: bool
 ) -> torch.Tensor:
     """Gradient of the features."""
-    check_pixels(x)
+    check_pixels("x", x)
     batch, channels, height, width = x.shape
     grads, inputs, grad_features = as_map(grad), as_map(x), empty_map(features)
     blocks = _product_configuration("grad_features", x, weight, tf32, BLOCK_C=channels, BLOCK_F=features.shape[1])
@@ -616,7 +616,7 @@ def _grad_weight(
     needs_bias: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Float32 partial sums of the gradients of weight [parts, C·K², Cf] and bias [B, splits, C·K²]."""
-    check_pixels(x)
+    check_pixels("x", x)
     batch, channels, height, width = x.shape
     rows, feature_channels = weight.shape
     grads, inputs, predictors = as_map(grad), as_map(x), as_map(features)

@@ -22,9 +22,14 @@ from ._checks import (
 )
 from ._registration import define, differentiate, empty_for, or_empty
 
+HALF = frozenset({torch.float32, torch.bfloat16, torch.float16})
 KERNELS = Kernels(
     "window_attention",
-    {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})},
+    {
+        ("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        ("triton", "cuda"): HALF,
+        ("triton", "cpu"): HALF,
+    },
 )
 
 
