@@ -5,9 +5,10 @@ The four kernel functions take ``backend``: None chooses the best that can run, 
 :func:`use_backend`, or the variable ``MITNET_FAST_BACKEND`` forces one for all calls.
 """
 
-from ._amplitude_phase import amplitude_and_phase, amplitude_phase_conv, half_spectrum, recombine
+from ._amplitude_phase import amplitude_phase_conv
 from ._backends import BACKENDS, BackendError, use_backend
 from ._dynamic_filter import dynamic_filter, predicted_dynamic_filter
+from ._image_spectrum import amplitude_and_phase, half_spectrum, recombine
 from ._window_attention import window_attention
 
 __all__ = [

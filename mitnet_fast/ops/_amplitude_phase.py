@@ -1,4 +1,4 @@
-"""Public Fourier operators: real in, real out, no complex tensor crosses their border.
+"""Public amplitude / phase convolution: real in, real out, no complex tensor crosses its border.
 
 The compiled backends of the convolution run behind ``mitnet_fast::amplitude_phase_conv`` and its
 backward operator, which computes the spectrum again: nothing but the inputs is kept.
@@ -104,7 +104,7 @@ def amplitude_phase_conv(
     check_one_device(**tensors)
     if autocast_dtype(x) is None:
         check_one_dtype(**tensors)
-    wide = [None if t is None else _widened(t, x.dtype) for t in tensors.values()]
+    wide = [None if t is None else widened(t, x.dtype) for t in tensors.values()]
     chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype)
     if chosen != "reference":
         return torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen).to(x.dtype)
@@ -113,83 +113,9 @@ def amplitude_phase_conv(
     return y.to(x.dtype)
 
 
-def half_spectrum(x: torch.Tensor) -> torch.Tensor:
-    """Unnormalised half spectrum rfft2 of a real image as pairs of real numbers.
-
-    Args:
-        x: [..., H, W], at least 2-D. Half precision is computed in float32.
-
-    Returns:
-        [..., H, W//2 + 1, 2], real and imaginary part, float32 (float64 for float64). The imaginary
-        part of the bins that are real for every real image is exactly +0.
-
-    Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: x has no pixel.
-    """
-    _check_images(x=x)
-    with without_autocast(x):
-        return reference.half_spectrum(_widened(x, x.dtype))
-
-
-def amplitude_and_phase(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Amplitude and phase of the half spectrum of a real image, with finite gradients everywhere.
-
-    Args:
-        x: [..., H, W], at least 2-D. Half precision is computed in float32.
-
-    Returns:
-        |rfft2(x)| and angle(rfft2(x)) in radians, both [..., H, W//2 + 1], float32 (float64 for
-        float64). Where the amplitude counts as zero (see :func:`amplitude_phase_conv`) the phase is
-        0 and no gradient reaches x.
-
-    Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: x has no pixel.
-    """
-    _check_images(x=x)
-    with without_autocast(x):
-        return reference.amplitude_and_phase(_widened(x, x.dtype))
-
-
-def recombine(amplitude_of: torch.Tensor, phase_of: torch.Tensor) -> torch.Tensor:
-    """The real image with the amplitude spectrum of one image and the phase spectrum of another.
-
-    Args:
-        amplitude_of: [..., H, W], at least 2-D.
-        phase_of: the same shape and dtype.
-
-    Returns:
-        ``irfft2(|rfft2(amplitude_of)|·exp(i·angle(rfft2(phase_of))))``, [..., H, W] in their dtype;
-        half precision is computed in float32.
-
-    Raises:
-        TypeError: an argument is no floating-point tensor, or dtypes differ outside autocast.
-        ValueError: shapes or devices differ, or there is no pixel.
-
-    Source: MITNet (arXiv 2308.06998), amplitude and phase exchanged between the two stages.
-    """
-    _check_images(amplitude_of=amplitude_of, phase_of=phase_of)
-    check_shape("phase_of", phase_of, tuple(amplitude_of.shape), "that of amplitude_of")
-    check_one_device(amplitude_of=amplitude_of, phase_of=phase_of)
-    if autocast_dtype(amplitude_of) is None:
-        check_one_dtype(amplitude_of=amplitude_of, phase_of=phase_of)
-    dtype = torch.promote_types(amplitude_of.dtype, phase_of.dtype)
-    with without_autocast(phase_of):
-        return reference.recombine(_widened(amplitude_of, dtype), _widened(phase_of, dtype)).to(dtype)
-
-
-def _widened(tensor: torch.Tensor, like: torch.dtype) -> torch.Tensor:
+def widened(tensor: torch.Tensor, like: torch.dtype) -> torch.Tensor:
+    """``tensor`` in float32, or float64 where ``like`` is."""
     return tensor.to(torch.float64 if like == torch.float64 else torch.float32)
-
-
-def _check_images(**images: torch.Tensor) -> None:
-    for name, image in images.items():
-        if not isinstance(image, torch.Tensor) or not image.is_floating_point():
-            what = str(image.dtype) if isinstance(image, torch.Tensor) else type(image).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor [..., H, W], got {what}")
-        if image.dim() < 2 or image.shape[-1] < 1 or image.shape[-2] < 1:
-            raise ValueError(f"{name}: expected shape [..., H, W] with at least one pixel, got {list(image.shape)}")
 
 
 def launchers(backend: str):

@@ -22,12 +22,12 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"mitnet_fast::{name}", fake, lib=LIBRARY)
 
 
-def differentiate(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Register the gradient of ``name`` and a clear error for the gradient of its backward."""
+def differentiate(name: str, setup_context: Callable, backward: Callable, instead: str = "backend='reference'") -> None:
+    """Register the gradient of ``name`` and a clear error, which says what to use instead, for that of its backward."""
     torch.library.register_autograd(f"mitnet_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
     def no_second_derivative(ctx, *gradients):
-        raise RuntimeError(f"mitnet_fast::{name} has no second derivative; use backend='reference' for double backward")
+        raise RuntimeError(f"mitnet_fast::{name} has no second derivative; use {instead} for double backward")
 
     torch.library.register_autograd(f"mitnet_fast::{name}_backward", no_second_derivative, lib=LIBRARY)
 

@@ -25,19 +25,19 @@ SMALLEST_AMPLITUDE = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 def half_spectrum(x: torch.Tensor) -> torch.Tensor:
     """See :func:`mitnet_fast.ops.half_spectrum`."""
-    return torch.stack(_spectrum(x), -1)
+    return torch.stack(spectrum_parts(x), -1)
 
 
 def amplitude_and_phase(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`mitnet_fast.ops.amplitude_and_phase`."""
-    amplitude, cosine, sine = _polar(*_spectrum(x))
+    amplitude, cosine, sine = polar(*spectrum_parts(x))
     return amplitude, torch.atan2(sine, cosine)
 
 
 def recombine(amplitude_of: torch.Tensor, phase_of: torch.Tensor) -> torch.Tensor:
     """See :func:`mitnet_fast.ops.recombine`."""
-    amplitude, _, _ = _polar(*_spectrum(amplitude_of))
-    _, cosine, sine = _polar(*_spectrum(phase_of))
+    amplitude, _, _ = polar(*spectrum_parts(amplitude_of))
+    _, cosine, sine = polar(*spectrum_parts(phase_of))
     return _inverse(amplitude * cosine, amplitude * sine, phase_of.shape[-2:])
 
 
@@ -54,7 +54,7 @@ def amplitude_phase_conv(
 ) -> torch.Tensor:
     """See :func:`mitnet_fast.ops.amplitude_phase_conv`."""
     return amplitude_phase_conv_of_spectrum(
-        *_spectrum(x),
+        *spectrum_parts(x),
         weight1,
         bias1,
         weight2,
@@ -85,7 +85,7 @@ def amplitude_phase_conv_of_spectrum(
         hidden = F.leaky_relu(F.conv2d(values, weight1[:, :, None, None], bias1), negative_slope)
         return F.conv2d(hidden, weight2[:, :, None, None], bias2)
 
-    amplitude, cosine, sine = _polar(real, imaginary)
+    amplitude, cosine, sine = polar(real, imaginary)
     if mode == "amplitude":
         amplitude = spectral_map(amplitude)
         real, imaginary = amplitude * cosine, amplitude * sine
@@ -98,7 +98,7 @@ def amplitude_phase_conv_of_spectrum(
     return _inverse(real, imaginary, size)
 
 
-def _spectrum(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Real and imaginary part of rfft2, with +0 for the latter where a real image has none."""
     height, width = x.shape[-2:]
     if x.numel() == 0:  # an empty batch: FFT libraries refuse it, its gradients are empty or zero
@@ -110,7 +110,7 @@ def _spectrum(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return spectrum.real, torch.where(real_bin, 0.0, spectrum.imag)
 
 
-def _polar(real: torch.Tensor, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def polar(real: torch.Tensor, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """|X| and the real and imaginary part of X/|X|, neither overflowing nor underflowing in between."""
     is_zero = torch.hypot(real, imaginary) < SMALLEST_AMPLITUDE[real.dtype]
     real, imaginary = torch.where(is_zero, 1.0, real), torch.where(is_zero, 0.0, imaginary)
@@ -122,10 +122,10 @@ def _inverse(real: torch.Tensor, imaginary: torch.Tensor, size: torch.Size) -> t
     """irfft2 to ``size`` of a half spectrum whose columns 0 and W/2 are made Hermitian first."""
     if real.numel() == 0:
         return F.pad(real + imaginary, (0, size[-1] - real.shape[-1]))
-    return torch.fft.irfft2(torch.complex(_mirror(real, size, 1), _mirror(imaginary, size, -1)), s=size)
+    return torch.fft.irfft2(torch.complex(mirror(real, size, 1), mirror(imaginary, size, -1)), s=size)
 
 
-def _mirror(part: torch.Tensor, size: torch.Size, sign: int) -> torch.Tensor:
+def mirror(part: torch.Tensor, size: torch.Size, sign: int) -> torch.Tensor:
     """½(Y(ky) ± Y(−ky)) in the self-conjugate columns, the rest as it is."""
     width = size[-1]
     even = width % 2 == 0
