@@ -35,7 +35,7 @@ from . import ops, reference
 from .ops._amplitude_phase import KERNELS as AMPLITUDE_PHASE_KERNELS
 from .ops._amplitude_phase import launchers as amplitude_phase_launchers
 from .ops._backends import choose
-from .reference.amplitude_phase import amplitude_phase_conv_of_spectrum
+from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_of_spectrum
 from .reference.window_attention import padding
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
@@ -475,13 +475,15 @@ class _AsSeen(torch.autograd.Function):
 def _amplitude_phase_as_seen(
     case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
 ) -> Callable[..., torch.Tensor]:
-    """The reference from the spectrum that ``backend`` sees of ``x``."""
+    """The reference from the spectrum that ``backend`` sees of ``x``, what counts as zero in its dtype set to zero."""
     x = tensors["x"].detach()
     chosen = choose(AMPLITUDE_PHASE_KERNELS, backend, x.device.type, x.dtype)
     if chosen == "reference":
         seen = reference.half_spectrum(x)
     else:
         seen = amplitude_phase_launchers(chosen).amplitude_phase_conv_spectrum(x)
+    counts_as_zero = torch.hypot(*seen.unbind(-1)) < SMALLEST_AMPLITUDE[x.dtype]
+    seen = seen.masked_fill(counts_as_zero[..., None], 0)
 
     def formula(x: torch.Tensor, **weights: torch.Tensor | None) -> torch.Tensor:
         own = reference.half_spectrum(x)

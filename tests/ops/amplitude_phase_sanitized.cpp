@@ -1,0 +1,104 @@
+// Runs the spectral step of the amplitude / phase convolution on random calls whose buffers and workspace
+// are exactly as large as they may be, filled with NaN where they are written: for AddressSanitizer and
+// UndefinedBehaviorSanitizer. Arguments: seed, number of calls. Exits with 1 if an element is not written.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "amplitude_phase/amplitude_phase_cpu_kernels.cpp"
+
+namespace mitnet_fast {
+
+void run_tasks(int64_t count, int threads, void (*run)(void* context, int64_t task, int thread), void* context) {
+  for (int64_t task = 0; task < count; ++task) run(context, task, static_cast<int>(task % smaller(threads, count)));
+}
+
+namespace {
+
+std::mt19937 generator;
+
+int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + generator() % values.size()); }
+bool coin() { return generator() % 2; }
+
+template <typename T>
+std::vector<T> numbers(int64_t count) {
+  std::vector<T> values(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(0.1 * static_cast<double>(i * 7919 % 13 - 6));
+  return values;
+}
+
+template <typename T>
+std::vector<T> unwritten(int64_t count) {
+  return std::vector<T>(count, static_cast<T>(NAN));
+}
+
+template <typename T>
+bool written(const std::vector<T>& values) {
+  for (const T& value : values)
+    if (std::isnan(value)) return false;
+  return true;
+}
+
+template <typename Call>
+void run(const CpuKernel<Call>& kernel, const Call& call) {
+  const int threads = static_cast<int>(one_of({1, 2, 5}));
+  const int64_t bytes = kernel.workspace_bytes(call, threads);
+  void* workspace = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
+  std::memset(workspace, 0xff, bytes);
+  kernel.launch(call, workspace, threads);
+  std::free(workspace);
+}
+
+template <typename T>
+bool random_calls(DataType dtype) {
+  const int64_t channels = one_of({1, 3, 5, 20, 41}), hidden = one_of({1, 4, 7, 20}), out = one_of({1, 4, 6, 20});
+  const bool projects = coin();
+  const AmplitudePhaseShape shape{
+      dtype,  1,   channels, hidden, projects ? out : channels, one_of({1, 2, 7, 16, 40}), one_of({1, 2, 5, 16, 66}),
+      coin(), 0.2, false};
+  const auto weight1 = numbers<T>(hidden * channels), bias1 = numbers<T>(hidden);
+  const auto weight2 = numbers<T>(channels * hidden), bias2 = numbers<T>(channels);
+  const auto output_weight = numbers<T>(out * channels);
+  const SpectralMap map{weight1.data(), bias1.data(), weight2.data(), bias2.data(),
+                        projects ? output_weight.data() : nullptr};
+  const int64_t values = 2 * shape.bins();
+  auto x = numbers<T>(values * channels);
+  const auto grad = numbers<T>(values * shape.out_channels);
+  auto y = unwritten<T>(values * shape.out_channels);
+  run(amplitude_phase_kernels.forward, {shape, map, x.data(), y.data()});
+  if (!written(y)) return false;
+
+  const auto gradient = [](int64_t count) { return coin() ? unwritten<T>(count) : std::vector<T>(); };
+  auto grad_x = gradient(x.size()), grad_weight1 = gradient(weight1.size()), grad_bias1 = gradient(hidden);
+  auto grad_weight2 = gradient(weight2.size()), grad_bias2 = gradient(channels);
+  auto grad_output_weight = projects ? gradient(output_weight.size()) : std::vector<T>();
+  const auto data = [](auto& values) { return values.empty() ? nullptr : values.data(); };
+  AmplitudePhaseSampleBackward sample{
+      {shape, map, grad.data(), x.data(), data(grad_x), data(grad_weight1), data(grad_bias1), data(grad_weight2),
+       data(grad_bias2), data(grad_output_weight)},
+      nullptr};
+  std::vector<char> sums(amplitude_phase_kernels.sums_bytes(sample));
+  sample.sums = sums.data();
+  for (int n = 0; n < 2; ++n) run(amplitude_phase_kernels.backward, sample);
+  amplitude_phase_kernels.add_up(sample);
+  return written(grad_x) && written(grad_weight1) && written(grad_bias1) && written(grad_weight2) &&
+         written(grad_bias2) && written(grad_output_weight);
+}
+
+}  // namespace
+}  // namespace mitnet_fast
+
+int main(int, char** arguments) {
+  using namespace mitnet_fast;
+  generator.seed(std::atoi(arguments[1]));
+  for (int call = 0; call < std::atoi(arguments[2]); ++call) {
+    const bool good = coin() ? random_calls<float>(DataType::float32) : random_calls<double>(DataType::float64);
+    if (!good) {
+      std::printf("call %d leaves an element unwritten\n", call);
+      return 1;
+    }
+  }
+}
