@@ -1,6 +1,7 @@
 // The only file that knows Python: what mitnet_fast._C offers. Checks what comes in, allocates what
 // goes out, and hands raw pointers to the launchers.
 #include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -292,21 +293,42 @@ struct SpectralWeights {
   }
 };
 
+// Calls function(first, planes) for groups of the planes of a sample, which fit into cache with what the FFT
+// library allocates. It runs on one thread inside, so that its results do not depend on their number.
+template <typename Function>
+void for_each_group_of_planes(const AmplitudePhaseShape& shape, int64_t planes, Function function) {
+  constexpr int64_t cache = 1 << 19, fewest_groups = 4;
+  const int64_t bytes = shape.height * shape.width * (shape.dtype == DataType::float64 ? 8 : 4);
+  const int64_t size = std::max<int64_t>(1, std::min(cache / bytes, (planes + fewest_groups - 1) / fewest_groups));
+  parallel_tasks((planes + size - 1) / size, max_threads(), [&](int64_t group, int) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // a thread has a state of its own
+    function(group * size, std::min(size, planes - group * size));
+  });
+}
+
 // The half spectrum [C, H, W/2 + 1] of one sample [C, H, W]. The FFT library's rounding depends on how its
 // input is aligned: it gets one that always is.
 at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& sample) {
-  const bool aligned = reinterpret_cast<uintptr_t>(sample.const_data_ptr()) % 64 == 0;
-  const at::Tensor image =
-      sample.is_contiguous() && aligned ? sample : at::empty(sample.sizes(), sample.options()).copy_(sample);
-  const at::Tensor spectrum = at::_fft_r2c(image, {1, 2}, /*normalization=*/0, /*onesided=*/true).contiguous();
-  clear_real_bins(shape, spectrum.mutable_data_ptr(), sample.size(0));
+  const at::Tensor spectrum = at::empty({sample.size(0), shape.height, shape.columns()},
+                                        sample.options().dtype(at::toComplexType(sample.scalar_type())));
+  for_each_group_of_planes(shape, sample.size(0), [&](int64_t first, int64_t planes) {
+    at::Tensor images = sample.narrow(0, first, planes);
+    if (!images.is_contiguous() || reinterpret_cast<uintptr_t>(images.const_data_ptr()) % 64 != 0)
+      images = at::empty(images.sizes(), images.options()).copy_(images);
+    const at::Tensor target = spectrum.narrow(0, first, planes);
+    target.copy_(at::_fft_r2c(images, {1, 2}, /*normalization=*/0, /*onesided=*/true));
+    clear_real_bins(shape, target.mutable_data_ptr(), planes);
+  });
   return spectrum;
 }
 
-// The unnormalised inverse transform of a half spectrum, which is overwritten.
-at::Tensor inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum) {
-  make_hermitian(shape, spectrum.mutable_data_ptr(), spectrum.size(0));
-  return at::_fft_c2r(spectrum, {1, 2}, /*normalization=*/0, shape.width);
+// Writes the unnormalised inverse transform of a half spectrum, whose self-conjugate columns are overwritten.
+void inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum, const at::Tensor& images) {
+  for_each_group_of_planes(shape, spectrum.size(0), [&](int64_t first, int64_t planes) {
+    const at::Tensor source = spectrum.narrow(0, first, planes);
+    make_hermitian(shape, source.mutable_data_ptr(), planes);
+    images.narrow(0, first, planes).copy_(at::_fft_c2r(source, {1, 2}, /*normalization=*/0, shape.width));
+  });
 }
 
 at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
@@ -327,7 +349,7 @@ at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& w
                                   : at::empty({shape.out_channels, shape.height, shape.columns()}, spectrum.options());
     const AmplitudePhaseForward call{sample, weights.map(), spectrum.const_data_ptr(), mapped.mutable_data_ptr()};
     launch_on_cpu(amplitude_phase_cpu_kernels().forward, call);
-    y[n].copy_(inverse_on_cpu(sample, mapped));
+    inverse_on_cpu(sample, mapped, y[n]);
   }
   return y;
 }
@@ -370,7 +392,7 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
     sample.call.x = spectrum.const_data_ptr();
     sample.call.grad_x = needs_x ? spectrum.mutable_data_ptr() : nullptr;
     launch_on_cpu(kernels.backward, sample);
-    if (needs_x) grad_x[n].copy_(inverse_on_cpu(sample.call.shape, spectrum));
+    if (needs_x) inverse_on_cpu(sample.call.shape, spectrum, grad_x[n]);
   }
   kernels.add_up(sample);
   return {if_defined(grad_x),       if_defined(grad_weight1), if_defined(grad_bias1),

@@ -17,6 +17,8 @@ result the same on every library:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -78,11 +80,16 @@ def amplitude_phase_conv_of_spectrum(
     mode: str,
     negative_slope: float,
     output_weight: torch.Tensor | None,
+    first_layer: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The same from the parts of the half spectrum [B, C, H, W//2 + 1] of an image of ``size`` (H, W)."""
+    """The same from the parts of the half spectrum [B, C, H, W//2 + 1] of an image of ``size`` (H, W).
+
+    ``first_layer`` replaces :func:`convolution_and_leaky_relu`.
+    """
 
     def spectral_map(values: torch.Tensor) -> torch.Tensor:
-        hidden = F.leaky_relu(F.conv2d(values, weight1[:, :, None, None], bias1), negative_slope)
+        layer = first_layer or convolution_and_leaky_relu
+        hidden = layer(values, weight1[:, :, None, None], bias1, negative_slope)
         return F.conv2d(hidden, weight2[:, :, None, None], bias2)
 
     amplitude, cosine, sine = polar(real, imaginary)
@@ -96,6 +103,13 @@ def amplitude_phase_conv_of_spectrum(
         kernel = output_weight[:, :, None, None]
         real, imaginary = F.conv2d(real, kernel), F.conv2d(imaginary, kernel)
     return _inverse(real, imaginary, size)
+
+
+def convolution_and_leaky_relu(
+    values: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, negative_slope: float
+) -> torch.Tensor:
+    """The first layer of the spectral map."""
+    return F.leaky_relu(F.conv2d(values, kernel, bias), negative_slope)
 
 
 def spectrum_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
