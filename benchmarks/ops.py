@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mitnet_fast.ops._backends import BACKENDS, FAMILIES, why_not
+from mitnet_fast.reference.window_attention import padding, table_rows
 from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, expectations, relative_error
 from mitnet_fast.verify import KERNELS
 
@@ -76,6 +77,22 @@ def shifted_slices(x, features, weight, bias, *, residual):
     return y
 
 
+def attention_of_copied_windows(qk, v, bias_table, *, num_heads, window_size, shift):
+    """Window attention by PyTorch's own, on the padded and cut copies that it needs."""
+    batch, channels, height, width = v.shape
+    top, bottom = padding(height, window_size, shift)
+    left, right = padding(width, window_size, shift)
+    padded = F.pad(torch.cat([qk, v], 1), (left, right, top, bottom), mode="reflect")
+    grid = padded.shape[-2] // window_size, padded.shape[-1] // window_size
+    windows = padded.view(batch, 3, num_heads, -1, grid[0], window_size, grid[1], window_size)
+    windows = windows.permute(1, 0, 4, 6, 2, 5, 7, 3).flatten(5, 6).flatten(1, 3)  # [3, windows, heads, w², d]
+    bias = bias_table[table_rows(window_size).to(bias_table.device)].permute(2, 0, 1)
+    attended = F.scaled_dot_product_attention(*windows, attn_mask=bias.expand(windows.shape[1], -1, -1, -1))
+    attended = attended.view(batch, *grid, num_heads, window_size, window_size, -1).permute(0, 3, 6, 1, 4, 2, 5)
+    whole = attended.reshape(batch, channels, *padded.shape[-2:])
+    return whole[:, :, top : top + height, left : left + width].contiguous()
+
+
 def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
     """Name to a function of the tensor arguments, eager first."""
 
@@ -83,6 +100,8 @@ def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> di
         return lambda **tensors: spec.run(case, tensors, backend)
 
     found = {"eager": on("reference")}
+    if spec.name == "window_attention":
+        found["SDPA"] = lambda **tensors: attention_of_copied_windows(**tensors, **case.options)
     if compiled:
         torch._dynamo.reset()
         found["compile"] = torch.compile(on("reference"), fullgraph=True)

@@ -104,8 +104,12 @@ template <typename From, typename To>
 void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
   constexpr int64_t side = Vec<float>::size();
   if (rows < side || columns < side) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) to[j * to_pitch + i] = static_cast<To>(from[i * from_pitch + j]);
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
+      at::vec::transpose_mxn<float>(from, from_pitch, to, to_pitch, static_cast<int>(rows), static_cast<int>(columns));
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) to[j * to_pitch + i] = static_cast<To>(from[i * from_pitch + j]);
+    }
     return;
   }
   for (int64_t i = 0; i < rows; i += side) {

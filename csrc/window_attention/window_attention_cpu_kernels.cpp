@@ -26,9 +26,10 @@ constexpr int key_block = many_registers ? 8 : 4;  // keys whose scores with two
 constexpr int chunk = 8;                           // pixels of a window's row that are copied at a time
 constexpr double log2_e = 1.4426950408889634074;
 
-// 2^x for x ≤ 0 to one unit in the last place, at the least 2^-126. NaN stays NaN.
+// 2^x for x ≤ 0 to one unit in the last place, at the least 2^-110, so that no weight becomes denormal when it
+// is divided by the sum. NaN stays NaN.
 ALWAYS_INLINE Vec<float> power_of_two(const Vec<float>& exponent) {
-  const Vec<float> x = at::vec::clamp_min(exponent, Vec<float>(-126.f));
+  const Vec<float> x = at::vec::clamp_min(exponent, Vec<float>(-110.f));
   // Adding 1.5·2²³ + 127 rounds x to an integer n and leaves n + 127 in the lowest bits
   const Vec<float> rounder(12582912.f + 127.f);
   const Vec<float> rounded = x + rounder;
@@ -341,10 +342,12 @@ struct HeadTiles {
       }
   }
 
-  static ALWAYS_INLINE void scale_chunk(const T* __restrict from, T factor, T* __restrict to) {
-    T values[chunk];
-    UNROLLED_FOR(i, chunk) { values[i] = factor * from[i]; }
-    UNROLLED_FOR(i, chunk) { to[i] = values[i]; }
+  static ALWAYS_INLINE void scale_chunk(const T* from, T factor, T* to) {
+    typedef T Chunk __attribute__((vector_size(chunk * sizeof(T))));
+    Chunk values;
+    __builtin_memcpy(&values, from, sizeof(values));
+    values *= factor;
+    __builtin_memcpy(to, &values, sizeof(values));
   }
 
   void clear_unused_channels(T* packed) const {
@@ -446,9 +449,9 @@ struct Backward {
     T *q, *k, *v, *grad;                              // planes of a tile
     T *window_q, *window_k, *window_v, *window_grad;  // one window
     T *window_grad_q, *window_grad_k, *window_grad_v;
-    T *weights, *grad_scores;                // [keys, queries of a block]
-    T *turned_weights, *turned_grad_scores;  // [queries of a block, pitch]
-    T* bias_sums;                            // of a group, as the bias
+    T *weights, *grad_scores;  // [keys, queries of a block]
+    T* turned;                 // one of them as [queries of a block, pitch]
+    T* bias_sums;              // of a group, as the bias
   };
 
   Scratch scratch(Arena& arena) const {
@@ -458,7 +461,7 @@ struct Backward {
     for (T** packed : {&at.window_q, &at.window_k, &at.window_v, &at.window_grad, &at.window_grad_q, &at.window_grad_k,
                        &at.window_grad_v})
       *packed = arena.take<T>(tokens.elements());
-    for (T** block : {&at.weights, &at.grad_scores, &at.turned_weights, &at.turned_grad_scores})
+    for (T** block : {&at.weights, &at.grad_scores, &at.turned})
       *block = arena.take<T>(tokens.pitch * Tokens<T>::most_queries);
     at.bias_sums = arena.take<T>(call.grad_bias_table ? work.bias_elements : 0);
     return at;
@@ -569,13 +572,13 @@ struct Backward {
         }
       }
     }
-    if (call.grad_v.data) add_over_queries<width>(grad, at.weights, at.turned_weights, adds, at.window_grad_v);
+    if (call.grad_v.data) add_over_queries<width>(grad, at.weights, at.turned, adds, at.window_grad_v);
     if (call.grad_qk.data) {
       Vec<T> one[vectors];
       UNROLLED_FOR(v, vectors) { one[v] = Vec<T>(1); }
       products_over_tokens(tokens.channels, at.window_k, tokens.pitch, at.grad_scores, width, tokens.keys, one, false,
                            at.window_grad_q + query, tokens.pitch);
-      add_over_queries<width>(at.window_q + query, at.grad_scores, at.turned_grad_scores, adds, at.window_grad_k);
+      add_over_queries<width>(at.window_q + query, at.grad_scores, at.turned, adds, at.window_grad_k);
     }
   }
 
