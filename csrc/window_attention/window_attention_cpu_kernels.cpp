@@ -449,9 +449,9 @@ struct Backward {
     T *q, *k, *v, *grad;                              // planes of a tile
     T *window_q, *window_k, *window_v, *window_grad;  // one window
     T *window_grad_q, *window_grad_k, *window_grad_v;
-    T *weights, *grad_scores;  // [keys, queries of a block]
-    T* turned;                 // one of them as [queries of a block, pitch]
-    T* bias_sums;              // of a group, as the bias
+    T *weights, *grad_scores;                // [keys, queries of a block]
+    T *turned_weights, *turned_grad_scores;  // [queries of a block, pitch]
+    T* bias_sums;                            // of a group, as the bias
   };
 
   Scratch scratch(Arena& arena) const {
@@ -461,7 +461,7 @@ struct Backward {
     for (T** packed : {&at.window_q, &at.window_k, &at.window_v, &at.window_grad, &at.window_grad_q, &at.window_grad_k,
                        &at.window_grad_v})
       *packed = arena.take<T>(tokens.elements());
-    for (T** block : {&at.weights, &at.grad_scores, &at.turned})
+    for (T** block : {&at.weights, &at.grad_scores, &at.turned_weights, &at.turned_grad_scores})
       *block = arena.take<T>(tokens.pitch * Tokens<T>::most_queries);
     at.bias_sums = arena.take<T>(call.grad_bias_table ? work.bias_elements : 0);
     return at;
@@ -572,27 +572,29 @@ struct Backward {
         }
       }
     }
-    if (call.grad_v.data) add_over_queries<width>(grad, at.weights, at.turned, adds, at.window_grad_v);
+    // Transposed before anything is computed from them: vectors on their way to memory are slow to read back
+    if (call.grad_v.data) transpose(at.weights, width, at.turned_weights, tokens.pitch, tokens.keys, width);
     if (call.grad_qk.data) {
+      transpose(at.grad_scores, width, at.turned_grad_scores, tokens.pitch, tokens.keys, width);
       Vec<T> one[vectors];
       UNROLLED_FOR(v, vectors) { one[v] = Vec<T>(1); }
       products_over_tokens(tokens.channels, at.window_k, tokens.pitch, at.grad_scores, width, tokens.keys, one, false,
                            at.window_grad_q + query, tokens.pitch);
-      add_over_queries<width>(at.window_q + query, at.grad_scores, at.turned, adds, at.window_grad_k);
     }
+    if (call.grad_v.data) add_over_queries<width>(grad, at.turned_weights, adds, at.window_grad_v);
+    if (call.grad_qk.data) add_over_queries<width>(at.window_q + query, at.turned_grad_scores, adds, at.window_grad_k);
   }
 
-  // out[j][k] (+)= Σ_q a[j][q] · b[k][q] over a block of `width` queries; b is transposed to `turned`.
+  // out[j][k] (+)= Σ_q a[j][q] · b[q][k] over a block of `width` queries.
   template <int width>
-  void add_over_queries(const T* a, const T* b, T* turned, bool adds, T* out) const {
+  void add_over_queries(const T* a, const T* b, bool adds, T* out) const {
     constexpr int lanes = Vec<T>::size();
     const Tokens<T>& tokens = work.tokens;
-    transpose(b, width, turned, tokens.pitch, tokens.keys, width);
     int64_t k = 0;
     const auto block = [&](auto vectors) {
       Vec<T> one[vectors];
       UNROLLED_FOR(v, vectors) { one[v] = Vec<T>(1); }
-      products_over_tokens(tokens.channels, a, tokens.pitch, turned + k, tokens.pitch, width, one, adds, out + k,
+      products_over_tokens(tokens.channels, a, tokens.pitch, b + k, tokens.pitch, width, one, adds, out + k,
                            tokens.pitch);
       k += vectors * lanes;
     };
