@@ -15,9 +15,14 @@ namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Accumulators of a product over channels, and of one over bins.
-constexpr int product_rows = 4;
+// Accumulators of a product over channels: rows × vectors of bins. Where more channels are summed than the
+// first-level cache has room for with so many bins, there are fewer bins and more rows.
 constexpr int product_vectors = many_registers ? 6 : 2;
+constexpr int product_rows = 4;
+constexpr int deep_product_vectors = many_registers ? 3 : 2;
+constexpr int deep_product_rows = many_registers ? 8 : 4;
+constexpr int64_t deep_product = 100;  // channels from which on a product is deep
+// Those of a product over bins: rows × rows.
 constexpr int sum_rows = many_registers ? 5 : 3;
 
 template <typename T>
@@ -130,8 +135,7 @@ ALWAYS_INLINE void store_bins(T* spectrum, int64_t bins, Function function) {
   }
 }
 
-// A matrix in blocks of product_rows rows, zero rows added: element (i, k) lies at
-// (i / product_rows · columns + k) · product_rows + i % product_rows.
+// A matrix in blocks of rows, zero rows added: element (i, k) lies at (i / block · columns + k) · block + i % block.
 template <typename T>
 struct Packed {
   T* weight = nullptr;
@@ -139,65 +143,82 @@ struct Packed {
   int64_t columns = 0;
 
   Packed() = default;
-  Packed(Arena& arena, int64_t rows, int64_t columns)
-      : weight(arena.take<T>(round_up(rows, product_rows) * columns)), rows(rows), columns(columns) {}
+  Packed(Arena& arena, int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    weight = arena.take<T>(round_up(rows, block()) * columns);
+  }
+
+  bool is_deep() const { return columns >= deep_product; }
+  int64_t block() const { return is_deep() ? deep_product_rows : product_rows; }
 
   // Element (i, k) is from[i·stride_i + k·stride_k].
   void fill(const void* from, int64_t stride_i, int64_t stride_k) const {
     const T* source = static_cast<const T*>(from);
-    for (int64_t i = 0; i < round_up(rows, product_rows); ++i)
+    for (int64_t i = 0; i < round_up(rows, block()); ++i)
       for (int64_t k = 0; k < columns; ++k)
-        weight[(i / product_rows * columns + k) * product_rows + i % product_rows] =
+        weight[(i / block() * columns + k) * block() + i % block()] =
             i < rows ? source[i * stride_i + k * stride_k] : T(0);
   }
 };
 
-// Calls finish(row, bin, sum) with a vector of Σ_k matrix[row, k] · planes[k, bin] for all rows and bins.
-template <typename T, typename Finish>
-ALWAYS_INLINE void multiply(const Packed<T>& matrix, const T* planes, int64_t pitch, int64_t bins, Finish finish) {
+template <typename T, int block, int vectors, typename Finish>
+ALWAYS_INLINE void multiply_blocks(const Packed<T>& matrix, const T* planes, int64_t pitch, int64_t bins,
+                                   Finish finish) {
   constexpr int64_t lanes = Vec<T>::size();
-  for (int64_t t = 0; t < bins; t += product_bins<T>) {
-    for (int64_t row = 0; row < matrix.rows; row += product_rows) {
+  for (int64_t t = 0; t < bins; t += vectors * lanes) {
+    for (int64_t row = 0; row < matrix.rows; row += block) {
       const T* weight = matrix.weight + row * matrix.columns;
       const T* input = planes + t;
-      Vec<T> sum[product_rows][product_vectors];
-      UNROLLED_FOR(r, product_rows) UNROLLED_FOR(v, product_vectors) { sum[r][v] = Vec<T>(0); }
-      for (int64_t k = 0; k < matrix.columns; ++k, weight += product_rows, input += pitch) {
-        Vec<T> value[product_vectors];
-        UNROLLED_FOR(v, product_vectors) { value[v] = Vec<T>::loadu(input + v * lanes); }
-        UNROLLED_FOR(r, product_rows) {
+      Vec<T> sum[block][vectors];
+      UNROLLED_FOR(r, block) UNROLLED_FOR(v, vectors) { sum[r][v] = Vec<T>(0); }
+      for (int64_t k = 0; k < matrix.columns; ++k, weight += block, input += pitch) {
+        Vec<T> value[vectors];
+        UNROLLED_FOR(v, vectors) { value[v] = Vec<T>::loadu(input + v * lanes); }
+        UNROLLED_FOR(r, block) {
           const Vec<T> w(weight[r]);
-          UNROLLED_FOR(v, product_vectors) { sum[r][v] = at::vec::fmadd(w, value[v], sum[r][v]); }
+          UNROLLED_FOR(v, vectors) { sum[r][v] = at::vec::fmadd(w, value[v], sum[r][v]); }
         }
       }
-      UNROLLED_FOR(r, product_rows) {
+      UNROLLED_FOR(r, block) {
         if (row + r < matrix.rows) {
-          UNROLLED_FOR(v, product_vectors) { finish(row + r, t + v * lanes, sum[r][v]); }
+          UNROLLED_FOR(v, vectors) { finish(row + r, t + v * lanes, sum[r][v]); }
         }
       }
     }
   }
 }
 
-// sums[i, j] += Σ_bins a[i, bin] · b[j, bin]
-template <typename T>
-void add_products(const T* a, int64_t rows, const T* b, int64_t columns, int64_t pitch, int64_t bins, T* sums) {
+// Calls finish(row, bin, sum) with a vector of Σ_k matrix[row, k] · planes[k, bin] for all rows and bins.
+template <typename T, typename Finish>
+void multiply(const Packed<T>& matrix, const T* planes, int64_t pitch, int64_t bins, Finish finish) {
+  if (matrix.is_deep()) {
+    multiply_blocks<T, deep_product_rows, deep_product_vectors>(matrix, planes, pitch, bins, finish);
+  } else {
+    multiply_blocks<T, product_rows, product_vectors>(matrix, planes, pitch, bins, finish);
+  }
+}
+
+// sums[i, j] += Σ over all pairs of a and b of Σ_bins a[i, bin] · b[j, bin]
+template <typename T, int pairs>
+void add_products(const T* const (&a)[pairs], int64_t rows, const T* const (&b)[pairs], int64_t columns, int64_t pitch,
+                  int64_t bins, T* sums) {
   constexpr int64_t lanes = Vec<T>::size();
   for (int64_t i = 0; i < rows; i += sum_rows) {
     for (int64_t j = 0; j < columns; j += sum_rows) {
-      const T *left[sum_rows], *right[sum_rows];
-      UNROLLED_FOR(r, sum_rows) {
-        left[r] = a + smaller(i + r, rows - 1) * pitch;
-        right[r] = b + smaller(j + r, columns - 1) * pitch;
-      }
       Vec<T> sum[sum_rows][sum_rows];
       UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) { sum[r][s] = Vec<T>(0); }
-      for (int64_t t = 0; t < bins; t += lanes) {
-        Vec<T> factor[sum_rows];
-        UNROLLED_FOR(s, sum_rows) { factor[s] = Vec<T>::loadu(right[s] + t); }
+      for (int pair = 0; pair < pairs; ++pair) {
+        const T *left[sum_rows], *right[sum_rows];
         UNROLLED_FOR(r, sum_rows) {
-          const Vec<T> value = Vec<T>::loadu(left[r] + t);
-          UNROLLED_FOR(s, sum_rows) { sum[r][s] = at::vec::fmadd(value, factor[s], sum[r][s]); }
+          left[r] = a[pair] + smaller(i + r, rows - 1) * pitch;
+          right[r] = b[pair] + smaller(j + r, columns - 1) * pitch;
+        }
+        for (int64_t t = 0; t < bins; t += lanes) {
+          Vec<T> factor[sum_rows];
+          UNROLLED_FOR(s, sum_rows) { factor[s] = Vec<T>::loadu(right[s] + t); }
+          UNROLLED_FOR(r, sum_rows) {
+            const Vec<T> value = load_once(left[r] + t);
+            UNROLLED_FOR(s, sum_rows) { sum[r][s] = at::vec::fmadd(value, factor[s], sum[r][s]); }
+          }
         }
       }
       UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) {
@@ -480,13 +501,12 @@ struct Backward {
       value.store(planes.grad_map + row * pitch + t);
     });
     shape.phase ? from_phase(padded, planes) : from_amplitude(padded, planes);
-    if (call.grad_output_weight) {
-      T* const target = own_sums + places.output_weight;
-      add_products(planes.out_real, out, planes.real, channels, pitch, padded, target);
-      add_products(planes.out_imaginary, out, planes.imaginary, channels, pitch, padded, target);
-    }
+    if (call.grad_output_weight)
+      add_products<T, 2>({planes.out_real, planes.out_imaginary}, out, {planes.real, planes.imaginary}, channels, pitch,
+                         padded, own_sums + places.output_weight);
     if (call.grad_weight2)
-      add_products(planes.grad_map, channels, planes.hidden, hidden, pitch, padded, own_sums + places.weight2);
+      add_products<T, 1>({planes.grad_map}, channels, {planes.hidden}, hidden, pitch, padded,
+                         own_sums + places.weight2);
     if (call.grad_bias2) add_rows(planes.grad_map, channels, pitch, padded, own_sums + places.bias2);
     if (call.grad_weight1 || call.grad_bias1 || call.grad_x) {
       multiply(weight2_transposed, planes.grad_map, pitch, padded, [&](int64_t row, int64_t t, const Vec<T>& sum) {
@@ -495,7 +515,7 @@ struct Backward {
       });
     }
     if (call.grad_weight1)
-      add_products(planes.grad_hidden, hidden, input, channels, pitch, padded, own_sums + places.weight1);
+      add_products<T, 1>({planes.grad_hidden}, hidden, {input}, channels, pitch, padded, own_sums + places.weight1);
     if (call.grad_bias1) add_rows(planes.grad_hidden, hidden, pitch, padded, own_sums + places.bias1);
     if (call.grad_x) store_grad_x(first, bins, padded, planes);
   }
