@@ -205,11 +205,11 @@ struct HeadTiles {
   const WindowAttentionShape& shape;
   const int planes_per_channel;
   const Tokens<T> tokens{shape.window_size, shape.head_size()};
-  const int64_t bytes_of_column =
+  const int64_t bytes_of_column =  // of windows, two high
       planes_per_channel * shape.head_size() * 2 * shape.window_size * shape.window_size * sizeof(T);
   const Axis rows{shape.height, shape.window_size, shape.shift, 2};
   const Axis columns{shape.width, shape.window_size, shape.shift,
-                     smaller(divide_up(128, shape.window_size), cache / 2 / bytes_of_column)};
+                     larger(2, smaller(divide_up(128, shape.window_size), cache / 2 / bytes_of_column))};
   const int64_t pitch = columns.longest();
   const int64_t stride = (divide_up(rows.longest() * pitch + chunk, Planes::line) | 1) * Planes::line;
   const int64_t tiles = shape.batch * rows.tiles * columns.tiles;

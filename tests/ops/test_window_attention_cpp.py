@@ -7,15 +7,18 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
 from mitnet_fast import _C, ops
 from mitnet_fast.reference.window_attention import padding
 from mitnet_fast.specs import WINDOW_ATTENTION, Case, allowed_error, compare, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
+from tests.ops.test_dynamic_filter_cpp import CAPABILITY_FLAGS, ROOT
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -36,6 +39,7 @@ CASES = [
     case_of(2, 2, 3, 100, 7, 3, 1, seed=6),
     case_of(40, 1, 4, 17, 18, 4, 3, seed=7),
     case_of(1, 1, 64, 18, 50, 8, 7, seed=8),
+    case_of(1, 1, 64, 20, 40, 16, 8, seed=9),  # in float64, two windows alone fill the second-level cache
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -288,3 +292,22 @@ def test_offsets_beyond_32_bits(dim):
     assert torch.equal(_C.window_attention_forward(far[1], far[2], *options), expected)
     expected = _C.window_attention_backward(grad, qk, v, *options, True, True, True)
     assert same_bits(_C.window_attention_backward(*far, *options, True, True, True), expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", CAPABILITY_FLAGS)
+def test_sanitizers_find_nothing(tmp_path, capability):
+    """No access outside of what maps and workspace hold, nothing undefined, no element left unwritten."""
+    program = tmp_path / "sanitized"
+    source = Path(__file__).with_name("window_attention_sanitized.cpp")
+    libraries = Path(torch.__file__).parent / "lib"
+    command = [
+        *(get_cxx_compiler(), "-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
+        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *CAPABILITY_FLAGS[capability]),
+        *(f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())),
+        *(source, "-o", program, f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"),
+    ]
+    subprocess.run(command, check=True)
+    for seed in range(3):
+        run = subprocess.run([program, str(seed), "60"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
