@@ -84,7 +84,7 @@ __global__ void mma_tf32_kernel(const float* a, const float* b, float* d, bool r
   const uint32_t b_fragment[2] = {bits(b[g * 8 + t]), bits(b[g * 8 + t + 4])};
   float accumulator[4];
   for (int i = 0; i < 4; ++i) accumulator[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  mitnet_fast::mma_m16n8k8_tf32(accumulator, a_fragment, b_fragment);
+  mitnet_fast::mma_m16n8k8_tf32(accumulator, a_fragment, b_fragment, accumulator);
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = accumulator[i];
 }
 
@@ -103,7 +103,7 @@ __global__ void mma_half_kernel(const Half* a, const Half* b, float* d) {
   mitnet_fast::load_matrices_transposed(b_matrices, b_tile + lane % 16 * 16 + lane / 16 * 8);
   const uint32_t b_fragment[2] = {b_matrices[0], b_matrices[1]};
   float accumulator[4] = {};
-  mitnet_fast::mma_m16n8k16<Half>(accumulator, a_fragment, b_fragment);
+  mitnet_fast::mma_m16n8k16<Half>(accumulator, a_fragment, b_fragment, accumulator);
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = accumulator[i];
 }
 

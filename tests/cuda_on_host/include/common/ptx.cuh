@@ -16,7 +16,7 @@ namespace emulated {
 struct Operands {
   uint32_t a[4];
   uint32_t b[2];
-  float d[4];
+  float c[4];
 };
 
 struct Result {
@@ -65,7 +65,7 @@ void multiply(const Operands* const* inputs, Result* const* outputs) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      double sum = inputs[lane]->d[i];
+      double sum = inputs[lane]->c[i];
       for (int k = 0; k < Format::depth; ++k) sum += a[row][k] * b[column][k];
       outputs[lane]->d[i] = toward_zero(sum);
     }
@@ -73,12 +73,12 @@ void multiply(const Operands* const* inputs, Result* const* outputs) {
 }
 
 template <typename Format>
-void mma(const char* instruction, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file,
-         int line) {
+void mma(const char* instruction, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+         const char* file, int line) {
   Operands operands;
   std::memcpy(operands.a, a, sizeof a);
   std::memcpy(operands.b, b, sizeof b);
-  std::memcpy(operands.d, d, sizeof d);
+  std::memcpy(operands.c, c, sizeof c);
   const Result result = cuda_on_host::in_warp<Operands, Result>(
       instruction, 0xffffffff, operands, {file, line},
       [](const Operands* const* inputs, Result* const* outputs) { multiply<Format>(inputs, outputs); });
@@ -123,15 +123,15 @@ inline float exp2_approximate(float value) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulated::mma<emulated::Tf32>("mma_m16n8k8_tf32", d, a, b, file, line);
+  emulated::mma<emulated::Tf32>("mma_m16n8k8_tf32", d, a, b, c, file, line);
 }
 
 template <typename Half>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file = __builtin_FILE(),
-                  int line = __builtin_LINE()) {
-  emulated::mma<emulated::Half16<Half>>("mma_m16n8k16", d, a, b, file, line);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                  const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulated::mma<emulated::Half16<Half>>("mma_m16n8k16", d, a, b, c, file, line);
 }
 
 inline void load_matrices(uint32_t (&matrices)[4], const void* shared_row, const char* file = __builtin_FILE(),
