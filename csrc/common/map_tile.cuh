@@ -108,12 +108,13 @@ __device__ __forceinline__ void load_tile(T* tile, const Map<const T>& map, cons
     }
     *reinterpret_cast<Quad<T>*>(tile + pixel * pitch + c) = values;
   };
+  const int first = computed_anew(threadIdx.x);
   if (map.access == Access::rows) {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < pixels * quads; i += threads) load(i % pixels, i / pixels);
+    for (int i = first; i < pixels * quads; i += threads) load(i % pixels, i / pixels);
   } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < pixels * quads; i += threads) load(i / quads, i % quads);
+    for (int i = first; i < pixels * quads; i += threads) load(i / quads, i % quads);
   }
 }
 
@@ -135,12 +136,13 @@ __device__ __forceinline__ void store_tile(const T* tile, const Map<T>& map, T* 
       }
     }
   };
+  const int first = computed_anew(threadIdx.x);
   if (map.access == Access::rows) {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < pixels * quads; i += threads) store(i % pixels, i / pixels);
+    for (int i = first; i < pixels * quads; i += threads) store(i % pixels, i / pixels);
   } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < pixels * quads; i += threads) store(i / quads, i % quads);
+    for (int i = first; i < pixels * quads; i += threads) store(i / quads, i % quads);
   }
 }
 

@@ -38,6 +38,13 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// `value`, but nothing that the compiler knows about: what follows from it is computed where it is needed, again in
+// every turn of a loop, and occupies no registers in between.
+__device__ __forceinline__ int computed_anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Half is __nv_bfloat16 or __half.
 template <typename Half>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],

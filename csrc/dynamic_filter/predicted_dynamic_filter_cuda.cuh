@@ -16,12 +16,12 @@ constexpr int steps_for(int channels) {
   return divide_up(channels, Products::depth);
 }
 
-// K = 3 is what networks have, with 20 channels or with 40, 80, …: up to 24 channels fit one group of results and are
-// tiled for memory traffic, more for registers. The other sizes of filters share one tiling each.
+// K = 3 is what networks have, with 20 channels or with 40, 80, …: up to 24 channels fit one group of results. The other
+// sizes of filters share one tiling.
 template <typename Products>
-using Narrow = FilterSizes<Products, 3, 3, steps_for<Products>(24), 4, 2, 3, 2>;
+using Narrow = FilterSizes<Products, 3, 3, steps_for<Products>(24), 4, 1, 3, 3>;
 template <typename Products>
-using Wide = FilterSizes<Products, 3, 5, steps_for<Products>(40), 4, 2, 2, 2>;
+using Wide = FilterSizes<Products, 3, 5, steps_for<Products>(40), 4, 1, 2, 2>;
 template <typename Products, int K>
 using Other = FilterSizes<Products, K, 3, steps_for<Products>(24), 4, 1, (K == 5 ? 2 : 1), 2>;
 
@@ -142,7 +142,8 @@ template <typename Sizes>
 void prepare(const DynamicFilterShape& shape, const FilterPredictor& predictor, const PredictedWorkspace& layout,
              void* workspace, cudaStream_t stream) {
   using Element = typename Sizes::Element;
-  const int channels = static_cast<int>(shape.channels), features = static_cast<int>(predictor.feature_channels);
+  const int channels = checked_int(shape.channels, "channels");
+  const int features = checked_int(predictor.feature_channels, "features");
   const int64_t row = predictor.feature_channels, rows_of_channel = row * Sizes::taps;
   PrepareArguments<Element> arguments;
   arguments.weight = static_cast<const Element*>(predictor.weight);

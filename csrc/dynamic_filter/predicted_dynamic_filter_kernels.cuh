@@ -70,7 +70,6 @@ struct FilterSizes {
   static constexpr int rows_with_halo = rows_of_tile + KERNEL - 1;
   static constexpr int result_channels = 8 * GROUPS;
   static constexpr int summed_channels = Products::depth * STEPS;
-  static constexpr int steps_at_once = smaller(STEPS, 3);  // held in registers
 
   // ∂W: tiles of 4 rows; features in matrices of 16
   static constexpr int rows_of_strip = 4;
@@ -333,26 +332,24 @@ __device__ __forceinline__ void filter_tile(const FilterArguments<typename Sizes
       const Element* const s_of_column = s_column + (transposed ? offset : 0) * s_pitch;
 
       if constexpr (Products::tensor_cores) {
-        constexpr int at_once = Sizes::steps_at_once, held = transposed ? pairs + K - 1 : pairs;
-#pragma unroll
-        for (int first = 0; first < Sizes::steps; first += at_once) {
-          uint32_t s[held][at_once][4];  // of matrices of rows m and m + P/2
+        constexpr int tap_stride = Sizes::steps * 32, held = transposed ? pairs + K - 1 : pairs;
+#pragma unroll 1
+        for (int step = 0; step < Sizes::steps; ++step) {
+          const bool first = step == 0 && chunk == 0;
+          uint32_t s[held][4];  // of matrices of rows m and m + P/2
 #pragma unroll
           for (int m = 0; m < held; ++m) {
 #pragma unroll
-            for (int i = 0; i < at_once; ++i) {
-              if (first + i >= Sizes::steps) continue;
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const auto* from =
-                    reinterpret_cast<const uint32_t*>(s_of_column + (m + half * pairs) * (s_columns * s_pitch));
-                s[m][i][half] = from[8 * (first + i)];
-                s[m][i][half + 2] = from[8 * (first + i) + 4];
-              }
+            for (int half = 0; half < 2; ++half) {
+              const auto* from =
+                  reinterpret_cast<const uint32_t*>(s_of_column + (m + half * pairs) * (s_columns * s_pitch));
+              s[m][half] = from[8 * step];
+              s[m][half + 2] = from[8 * step + 4];
             }
           }
 #pragma unroll
           for (int group = 0; group < Sizes::groups; ++group) {
+            __syncwarp();  // else the compiler begins with the loads of all groups, for which there are no registers
             float2 x[rows + K - 1];
 #pragma unroll
             for (int row = 0; row < rows + K - 1; ++row) {
@@ -360,30 +357,20 @@ __device__ __forceinline__ void filter_tile(const FilterArguments<typename Sizes
             }
 #pragma unroll
             for (int e = 0; e < K; ++e) {
-              constexpr int tap_stride = Sizes::steps * 32;
               const int tap = group * Sizes::taps + e * tap_step;  // from the column's first
               float2 b = make_float2(0, 0);
-              if (first == 0 && chunk == 0) {
-                b = __ldg(reinterpret_cast<const float2*>(bias_of_column + tap * 8));
-              }
-              float biases[4] = {b.x, b.y, b.x, b.y};
-              float filters[pairs][4];
-#pragma unroll
-              for (int i = 0; i < at_once; ++i) {
-                if (first + i >= Sizes::steps) continue;
-                const Slice w = __ldg(weight_of_column + tap * tap_stride + (first + i) * 32 + lane);
-#pragma unroll
-                for (int m = 0; m < pairs; ++m) {
-                  Products::multiply_add(filters[m], s[m + (transposed ? e : 0)][i], w, i == 0 ? biases : filters[m]);
-                }
-              }
+              if (first) b = __ldg(reinterpret_cast<const float2*>(bias_of_column + tap * 8));
+              const float biases[4] = {b.x, b.y, b.x, b.y};
+              const Slice w = __ldg(weight_of_column + tap * tap_stride + step * 32 + lane);
 #pragma unroll
               for (int m = 0; m < pairs; ++m) {
+                float filters[4];
+                Products::multiply_add(filters, s[m + (transposed ? e : 0)], w, biases);
                 const float2 upper = x[m + e], lower = x[m + pairs + e];
-                y[group][m][0] = fmaf(filters[m][0], upper.x, y[group][m][0]);
-                y[group][m][1] = fmaf(filters[m][1], upper.y, y[group][m][1]);
-                y[group][m][2] = fmaf(filters[m][2], lower.x, y[group][m][2]);
-                y[group][m][3] = fmaf(filters[m][3], lower.y, y[group][m][3]);
+                y[group][m][0] = fmaf(filters[0], upper.x, y[group][m][0]);
+                y[group][m][1] = fmaf(filters[1], upper.y, y[group][m][1]);
+                y[group][m][2] = fmaf(filters[2], lower.x, y[group][m][2]);
+                y[group][m][3] = fmaf(filters[3], lower.y, y[group][m][3]);
               }
             }
           }

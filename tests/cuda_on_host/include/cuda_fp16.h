@@ -48,6 +48,9 @@ inline float __half2float(__half a) { return a; }
 inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
 inline __half2 __float22half2_rn(float2 a) { return {a.x, a.y}; }
 inline float2 __half22float2(__half2 a) { return {a.x, a.y}; }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {static_cast<float>(a.x) * static_cast<float>(b.x), static_cast<float>(a.y) * static_cast<float>(b.y)};
+}
 inline __half2 __halves2half2(__half a, __half b) { return {a, b}; }
 inline __half __low2half(__half2 a) { return a.x; }
 inline __half __high2half(__half2 a) { return a.y; }

@@ -123,6 +123,8 @@ inline float exp2_approximate(float value) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
+inline int computed_anew(int value) { return value; }
+
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulated::mma<emulated::Tf32>("mma_m16n8k8_tf32", d, a, b, c, file, line);
