@@ -16,7 +16,11 @@
 #include "dynamic_filter/dynamic_filter_cpu.h"
 #include "window_attention/window_attention_cpu.h"
 #ifdef MITNET_FAST_WITH_CUDA
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include "common/cuda_device.h"
+#include "dynamic_filter/dynamic_filter_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -126,6 +130,17 @@ void launch_on_cpu(const CpuKernel<Call>& kernel, const Call& call) {
   kernel.launch(call, workspace.mutable_data_ptr(), threads);
 }
 
+#ifdef MITNET_FAST_WITH_CUDA
+// Calls launcher(workspace, stream) on the device of `x` and its current stream, with `bytes` of workspace.
+template <typename Launcher>
+void launch_on_cuda(const at::Tensor& x, int64_t bytes, Launcher&& launcher) {
+  const c10::DeviceGuard guard(x.device());
+  const at::Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device());
+  launcher(workspace.mutable_data_ptr(), stream.native_handle());
+}
+#endif
+
 [[noreturn]] void no_kernels_for(const at::Tensor& x) {
   TORCH_CHECK_VALUE(false, "x: this build has no kernels for tensors on ", x.device());
 }
@@ -155,6 +170,10 @@ at::Tensor dynamic_filter_forward(const at::Tensor& x, const at::Tensor& filters
   const DynamicFilterForward call{shape, view(x), view(filters), mutable_view(y)};
   if (x.is_cpu()) {
     launch_on_cpu(dynamic_filter_cpu_kernels().forward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (x.is_cuda()) {
+    launch_on_cuda(x, 0, [&](void*, void* stream) { dynamic_filter_forward_cuda(call, stream); });
+#endif
   } else {
     no_kernels_for(x);
   }
@@ -174,6 +193,10 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> dynamic_filter_
                                    view(filters), mutable_view(grad_x), mutable_view(grad_filters)};
   if (x.is_cpu()) {
     launch_on_cpu(dynamic_filter_cpu_kernels().backward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (x.is_cuda()) {
+    launch_on_cuda(x, 0, [&](void*, void* stream) { dynamic_filter_backward_cuda(call, stream); });
+#endif
   } else {
     no_kernels_for(x);
   }
@@ -217,6 +240,12 @@ at::Tensor predicted_dynamic_filter_forward(const at::Tensor& x, const at::Tenso
                                            mutable_view(y)};
   if (x.is_cpu()) {
     launch_on_cpu(dynamic_filter_cpu_kernels().predicted_forward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (x.is_cuda()) {
+    launch_on_cuda(x, predicted_dynamic_filter_forward_workspace_cuda(call, tf32), [&](void* workspace, void* stream) {
+      predicted_dynamic_filter_forward_cuda(call, tf32, workspace, stream);
+    });
+#endif
   } else {
     no_kernels_for(x);
   }
@@ -245,6 +274,12 @@ predicted_dynamic_filter_backward(const at::Tensor& grad, const at::Tensor& x, c
                                             needs_bias ? grad_bias.mutable_data_ptr() : nullptr};
   if (x.is_cpu()) {
     launch_on_cpu(dynamic_filter_cpu_kernels().predicted_backward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (x.is_cuda()) {
+    launch_on_cuda(x, predicted_dynamic_filter_backward_workspace_cuda(call, tf32), [&](void* workspace, void* stream) {
+      predicted_dynamic_filter_backward_cuda(call, tf32, workspace, stream);
+    });
+#endif
   } else {
     no_kernels_for(x);
   }

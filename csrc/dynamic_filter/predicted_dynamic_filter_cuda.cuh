@@ -16,10 +16,11 @@ constexpr int steps_for(int channels) {
   return divide_up(channels, Products::depth);
 }
 
-// K = 3 is what networks have, with 20 channels or with 40, 80, …: up to 24 channels fit one group of results. The other
-// sizes of filters share one tiling.
+// K = 3 is what networks have, with 20 channels or with 40, 80, …: up to 24 channels fit one group of results. The
+// other sizes of filters share one tiling.
 template <typename Products>
-using Narrow = FilterSizes<Products, 3, 3, steps_for<Products>(24), 4, 1, 3, 3>;
+using Narrow =
+    FilterSizes<Products, 3, 3, steps_for<Products>(24), 4, 1, (sizeof(typename Products::Element) == 4 ? 3 : 2), 3>;
 template <typename Products>
 using Wide = FilterSizes<Products, 3, 5, steps_for<Products>(40), 4, 1, 2, 2>;
 template <typename Products, int K>

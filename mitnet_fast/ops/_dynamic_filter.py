@@ -30,6 +30,7 @@ KERNELS = Kernels(
     "dynamic_filter",
     {
         ("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        ("cpp", "cuda"): HALF,
         ("triton", "cuda"): HALF,
         ("triton", "cpu"): HALF,
     },

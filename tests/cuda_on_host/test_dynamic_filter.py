@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,14 +20,13 @@ from mitnet_fast.specs import (
     outputs_and_gradients,
     relative_error,
 )
-from tests.cuda_on_host import Buffer, HostKernels, Order
+from tests.cuda_on_host import Buffer, HostKernels, KernelFault, Order
 from tests.cuda_on_host.harness import CSRC, HERE
 
 SOURCES = (HERE / "dynamic_filter.cpp", *sorted((CSRC / "dynamic_filter").glob("*.cu")))
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = {FLOAT32: 0, BFLOAT16: 2, FLOAT16: 3}  # of the C++ enumeration
 WORDS = {FLOAT32: torch.float32, BFLOAT16: torch.int16, FLOAT16: torch.int16}  # that numpy has a name for
-ARGUMENTS = ("x", "features", "weight", "bias")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +189,9 @@ PREDICTED = [
     case(1, 3, 9, 8, 5, FLOAT32, "strided", features=26, bias=1),
     case(1, 26, 2, 3, 7, FLOAT32, "contiguous", features=3, bias=1),
     case(1, 2, 6, 34, 7, FLOAT16, "channels_last", features=3, bias=0),
+    # a run of tiles ends within a sample, and where one ends
+    case(15, 1, 9, 1, 7, BFLOAT16, "contiguous", features=1, bias=2),
+    case(45, 1, 1, 1, 7, BFLOAT16, "contiguous", features=1, bias=1),
     case(0, 3, 4, 4, 3, FLOAT32, "contiguous", features=3, bias=2),
     case(0, 3, 4, 4, 3, BFLOAT16, "contiguous", features=3, bias=1),
 ]
@@ -208,3 +209,141 @@ CASES = [
 def test_result_and_gradients_equal_the_truth(kernels, spec, chosen, tf32):
     errors = compared(kernels, spec, chosen, tf32=tf32)
     assert not failures(errors)
+
+
+def same_bits(results, expected):
+    return results.keys() == expected.keys() and all(torch.equal(results[name], expected[name]) for name in results)
+
+
+ORDERED = [
+    (DYNAMIC_FILTER, case(2, 9, 5, 33, 3, BFLOAT16, "channels_last"), False),
+    (DYNAMIC_FILTER, case(1, 5, 3, 34, 7), False),
+    (PREDICTED_DYNAMIC_FILTER, case(2, 20, 5, 33, 3, FLOAT32, features=20, bias=2), True),
+    (PREDICTED_DYNAMIC_FILTER, case(1, 41, 5, 6, 3, FLOAT32, features=25, bias=1), False),
+    (PREDICTED_DYNAMIC_FILTER, case(2, 20, 5, 33, 3, FLOAT16, "channels_last", features=25, bias=2), False),
+]
+
+
+@pytest.mark.parametrize(("spec", "chosen", "tf32"), ORDERED, ids=lambda value: getattr(value, "name", str(value)))
+def test_bits_depend_on_no_order_of_threads_or_blocks(kernels, spec, chosen, tf32):
+    tensors = spec.inputs(chosen)
+    arguments = chosen, tensors, spec.gradient(chosen, tensors["x"])
+    expected = launch(kernels, *arguments, tf32=tf32)
+    assert all(torch.isfinite(result).all() for result in expected.values())
+    for order, seed in ((Order.REVERSE, 0), (Order.RANDOM, 1), (Order.RANDOM, 2)):
+        assert same_bits(launch(kernels, *arguments, tf32=tf32, order=order, seed=seed), expected), order
+
+
+@pytest.mark.parametrize("spec", [DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER], ids=lambda spec: spec.name)
+def test_exactly_the_wanted_gradients_are_computed(kernels, spec):
+    chosen = spec.typical
+    tensors = spec.inputs(chosen)
+    arguments = chosen, tensors, spec.gradient(chosen, tensors["x"])
+    everything = launch(kernels, *arguments)
+    for wanted in itertools.product((False, True), repeat=len(tensors)):
+        needs = dict(zip(tensors, wanted, strict=True))
+        expected = {name: everything[name] for name in everything if needs.get(name.removeprefix("grad_"), True)}
+        assert same_bits(launch(kernels, *arguments, needs=needs), expected), needs
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3])
+@pytest.mark.parametrize("spec", [DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER], ids=lambda spec: spec.name)
+def test_offsets_beyond_32_bits(kernels, spec, dimension):
+    """Along one dimension, the third entry of every map lies beyond 2³¹ elements."""
+    shape = [2, 2, 2, 2]
+    shape[dimension] = 3
+    for dtype, layout in ((BFLOAT16, "contiguous"), (FLOAT16, "channels_last")):
+        chosen = case(*shape, 3, dtype, layout, features=3, bias=1)
+        tensors = spec.inputs(chosen)
+        arguments = chosen, tensors, spec.gradient(chosen, tensors["x"])
+        expected = launch(kernels, *arguments)
+        kernels("spread_maps", dimension)
+        try:
+            assert same_bits(launch(kernels, *arguments), expected), layout
+        finally:
+            kernels("spread_maps", -1)
+
+
+def test_what_no_kernel_takes_is_an_error(kernels):
+    x, sizes = torch.zeros(1, 1, 1, 1), np.array([1, 3, 1, 1, 1, 1, 0, 1, 0, 0], np.int64)
+    maps = *map_arguments(x), *map_arguments(x), *map_arguments(x)
+    with pytest.raises(KernelFault, match="dtype: allowed are float32, bfloat16 and float16"):
+        kernels("dynamic_filter_forward", sizes, *maps)
+    sizes[:2] = 0, 4
+    with pytest.raises(KernelFault, match="kernel_size: allowed are 1, 3, 5 and 7"):
+        kernels("dynamic_filter_forward", sizes, *maps)
+    sizes[1], sizes[5] = 3, 2**40
+    with pytest.raises(KernelFault, match="is more than CUDA kernels take"):
+        kernels("dynamic_filter_forward", sizes, *maps)
+
+
+def work(chosen: Case) -> int:
+    """About what the emulation of ``chosen`` costs: taps of the tiles' filters, times features."""
+    sizes = chosen.sizes
+    tiles = sizes["batch"] * -(-sizes["height"] // 4) * -(-sizes["width"] // 32)
+    return tiles * sizes["channels"] * sizes["kernel_size"] ** 2 * sizes.get("features", 10)
+
+
+def sweep(kernels, spec, cases, most_work):
+    ratios = []
+    chosen = (spec.random_case(seed, DTYPES) for seed in itertools.count())
+    for one in itertools.islice((one for one in chosen if work(one) <= most_work), cases):
+        tf32 = spec is PREDICTED_DYNAMIC_FILTER and one.dtype == FLOAT32 and one.seed % 2 == 0
+        errors = compared(kernels, spec, one, tf32=tf32, order=Order.RANDOM, seed=one.seed)
+        assert not failures(errors), f"{one} {tf32}: {failures(errors)}"
+        ratios += [error / eager for error, eager, _ in errors.values() if eager]
+    assert statistics.median(ratios) <= 1.5
+
+
+@pytest.mark.parametrize("spec", [DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER], ids=lambda spec: spec.name)
+def test_random_cases_equal_the_truth(kernels, spec):
+    sweep(kernels, spec, 10, 10_000)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("spec", [DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER], ids=lambda spec: spec.name)
+def test_many_random_cases_equal_the_truth(kernels, spec):
+    sweep(kernels, spec, 150, 200_000)
+
+
+@pytest.mark.exhaustive
+def test_sanitizers_find_nothing():
+    with HostKernels(*SOURCES, sanitize=True, timeout=900) as kernels:
+        for spec, chosen, tf32 in (parameters.values for parameters in CASES):
+            assert not failures(compared(kernels, spec, chosen, tf32=tf32)), chosen
+
+
+PREDICTED_KERNELS = "dynamic_filter/predicted_dynamic_filter_kernels.cuh"
+FAULTS = {
+    "a barrier is missing": (PREDICTED_KERNELS, "    if (chunk > 0) __syncthreads();\n", ""),
+    "taps are not mirrored": (PREDICTED_KERNELS, "transposed ? K * K - 1 - offset : offset", "offset"),
+    "the bias is added for every chunk": (PREDICTED_KERNELS, "step == 0 && chunk == 0", "step == 0"),
+    "a row of bias sums is not written": (
+        PREDICTED_KERNELS,
+        "ends_sample && ends_run && tile + 1",
+        "false && tile + 1",
+    ),
+    "offsets have 32 bits": (
+        "common/map_tile.cuh",
+        "data + n * stride_n + c * stride_c",
+        "data + static_cast<int>(n * stride_n + c * stride_c)",
+    ),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault):
+    name, old, new = FAULTS[fault]
+    with HostKernels(*SOURCES, replace={name: [(old, new)]}) as kernels:
+        if "32 bits" in fault:
+            with pytest.raises((AssertionError, KernelFault)):
+                test_offsets_beyond_32_bits(kernels, PREDICTED_DYNAMIC_FILTER, 0)
+            return
+        orders = [{"order": order} for order in Order]
+        assert any(
+            failures(compared(kernels, spec, chosen, tf32=tf32, **order))
+            for order in orders
+            for spec, chosen, tf32 in (parameters.values for parameters in CASES)
+            if spec is PREDICTED_DYNAMIC_FILTER
+        )
