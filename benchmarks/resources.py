@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,16 @@ REGISTERS = 65536
 REGISTERS_PER_WARP_UNIT = 256
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHARED_RESERVED_PER_BLOCK = 1024
+CSRC = Path(__file__).parent.parent / "csrc"
+NVCC_FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-O3", "-DNDEBUG", f"-I{CSRC}")
+# shared memory that kernels are launched with: C++ of their template arguments, and where it is declared
+SHARED_EXPRESSIONS = {
+    "predicted_forward_kernel": "{0}::forward_shared * sizeof({0}::Element)",
+    "predicted_backward_kernel": "{0}::backward_shared * sizeof({0}::Element)",
+    "filter_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
+    "grad_filters_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
+}
+SHARED_HEADERS = ("dynamic_filter/dynamic_filter_kernels.cuh", "dynamic_filter/predicted_dynamic_filter_kernels.cuh")
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,77 @@ def triton_rows(arch: int, every: bool) -> Iterator[Row]:
         )
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler in CUDA_HOME or on PATH."""
+    candidate = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(candidate) if candidate.is_file() else shutil.which("nvcc")
+
+
+def cuda_rows(arch: int, sources: Sequence[Path]) -> Iterator[Row]:
+    """The kernels of CUDA sources, as ptxas compiles them.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        subprocess.CalledProcessError: a source does not compile.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc: neither in CUDA_HOME nor on PATH")
+    found: dict[str, tuple[int, int, int, int]] = {}  # registers, spilled, shared, warps by kernel
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sources:
+            command = [nvcc, *NVCC_FLAGS, "-keep", f"-keep-dir={folder}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+            compiled = subprocess.run(
+                [*command, str(source), "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True, check=True
+            )
+            ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
+            threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)}
+            for report in compiled.stderr.split("Compiling entry function '")[1:]:
+                name = report.partition("'")[0]
+                numbers = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
+                registers, stack, shared = (int((re.search(n, report) or [0, 0])[1]) for n in numbers)
+                found[name] = registers, stack, shared, threads[name] // 32
+        names = dict(zip(found, demangled(list(found)), strict=True))
+        dynamic = dynamic_shared(nvcc, list(names.values()), Path(folder))
+    for mangled, (registers, stack, static, warps) in found.items():
+        kernel = names[mangled]
+        shared = static + dynamic.get(kernel, 0)
+        yield Row(
+            "CUDA", kernel, f"sm_{arch}", registers, stack, shared, warps, occupancy(arch, registers, shared, warps)
+        )
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Kernels as C++ has them, without namespace and parameters."""
+    printed = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void |mitnet_fast::|\(.*", "", line) for line in printed.splitlines()]
+
+
+def dynamic_shared(nvcc: str, kernels: list[str], folder: Path) -> dict[str, int]:
+    """Bytes of shared memory that the launchers ask for, by kernel."""
+    lines = [f'#include "{header}"' for header in SHARED_HEADERS]
+    lines += ["#include <cstdio>", "using namespace mitnet_fast;", "int main() {"]
+    for kernel in kernels:
+        name, _, arguments = kernel.partition("<")
+        if name in SHARED_EXPRESSIONS:
+            arguments = arguments.rpartition(">")[0].strip()
+            parts = arguments.split(", ") if "<" not in arguments else [arguments]
+            expression = SHARED_EXPRESSIONS[name].format(*parts)
+            lines.append(f'  std::printf("%d %s\\n", static_cast<int>({expression}), "{kernel}");')
+    program = folder / "shared.cu"
+    program.write_text("\n".join([*lines, "}", ""]))
+    subprocess.run([nvcc, *NVCC_FLAGS, str(program), "-o", str(folder / "shared")], capture_output=True, check=True)
+    printed = subprocess.run([folder / "shared"], capture_output=True, text=True, check=True).stdout
+    sizes = (line.split(" ", 1) for line in printed.splitlines())
+    return {kernel: int(size) for size, kernel in sizes}
+
+
+def cuda_sources(every: bool) -> list[Path]:
+    """The sources with kernels: all of them, or what networks run in bfloat16 and TF32."""
+    sources = sorted(CSRC.glob("dynamic_filter/*.cu"))
+    return [source for source in sources if every or source.stem.endswith(("_bfloat16", "_tf32"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="all by default")
@@ -94,6 +178,8 @@ def main() -> None:
     for arch in options.architecture or ARCHITECTURES:
         with console.status(f"compiling for sm_{arch}"):
             rows += triton_rows(arch, options.every)
+            if find_nvcc():
+                rows += cuda_rows(arch, cuda_sources(options.every))
     for arch in dict.fromkeys(row.architecture for row in rows):
         table = Table("kernel", "regs", "spilled", "shared", "warps", "occupancy", title=f"{arch}, bytes")
         for column in table.columns[1:]:
