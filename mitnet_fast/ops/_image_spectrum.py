@@ -105,6 +105,12 @@ def _run(name: str, *images: torch.Tensor):
     return getattr(torch.ops.mitnet_fast, name)(*images)
 
 
+def _aligned(image: torch.Tensor) -> torch.Tensor:
+    """``image`` as FFT libraries always get it, since their rounding depends on how it lies in memory."""
+    dense = image.contiguous()
+    return dense if dense.data_ptr() % 64 == 0 else dense.clone()
+
+
 def _counted(real: torch.Tensor, width: int) -> torch.Tensor:
     """How often a column of a half spectrum stands in the whole one: c."""
     columns = torch.arange(width // 2 + 1, device=real.device)
@@ -128,7 +134,7 @@ def _half_spectrum_backward(grad: torch.Tensor, width: int) -> torch.Tensor:
 def _amplitude_and_phase_backward(
     grad_amplitude: torch.Tensor, grad_phase: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
-    amplitude, cosine, sine = polar(*spectrum_parts(x))
+    amplitude, cosine, sine = polar(*spectrum_parts(_aligned(x)))
     radial = torch.where(amplitude > 0, grad_amplitude, 0)
     angular = torch.where(amplitude > 0, grad_phase / amplitude, 0)
     return _of_spectrum(cosine * radial - sine * angular, sine * radial + cosine * angular, x.shape[-1])
@@ -138,9 +144,9 @@ def _recombine_backward(
     grad: torch.Tensor, amplitude_of: torch.Tensor, phase_of: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     height, width = grad.shape[-2:]
-    amplitude, amplitude_cosine, amplitude_sine = polar(*spectrum_parts(amplitude_of))
-    own_amplitude, cosine, sine = polar(*spectrum_parts(phase_of))
-    real, imaginary = spectrum_parts(grad)
+    amplitude, amplitude_cosine, amplitude_sine = polar(*spectrum_parts(_aligned(amplitude_of)))
+    own_amplitude, cosine, sine = polar(*spectrum_parts(_aligned(phase_of)))
+    real, imaginary = spectrum_parts(_aligned(grad))
     scale = _counted(real, width) / (height * width)
     radial = torch.where(amplitude > 0, scale * (cosine * real + sine * imaginary), 0)
     angular = torch.where(own_amplitude > 0, scale * amplitude * (cosine * imaginary - sine * real) / own_amplitude, 0)
@@ -160,7 +166,7 @@ def _fake_image(like: torch.Tensor) -> torch.Tensor:
 
 define(
     "half_spectrum(Tensor x) -> Tensor",
-    lambda x: reference.half_spectrum(x).contiguous(),
+    lambda x: reference.half_spectrum(_aligned(x)),
     lambda x: _fake_spectrum(x, 2),
 )
 define(
@@ -170,7 +176,7 @@ define(
 )
 define(
     "amplitude_and_phase(Tensor x) -> (Tensor, Tensor)",
-    lambda x: tuple(part.contiguous() for part in reference.amplitude_and_phase(x)),
+    lambda x: reference.amplitude_and_phase(_aligned(x)),
     lambda x: (_fake_spectrum(x), _fake_spectrum(x)),
 )
 define(
@@ -180,7 +186,7 @@ define(
 )
 define(
     "recombine(Tensor amplitude_of, Tensor phase_of) -> Tensor",
-    lambda amplitude_of, phase_of: reference.recombine(amplitude_of, phase_of).contiguous(),
+    lambda amplitude_of, phase_of: reference.recombine(_aligned(amplitude_of), _aligned(phase_of)),
     lambda amplitude_of, phase_of: _fake_image(phase_of),
 )
 define(

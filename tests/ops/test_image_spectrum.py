@@ -63,6 +63,17 @@ def test_layouts_and_expanded_gradients(name):
 
 
 @every_operator
+@pytest.mark.parametrize("size", [(5, 7), (24, 20), (96, 80)])
+def test_bits_do_not_depend_on_where_the_inputs_lie(name, size):
+    inputs = images(name, (1, 3, *size), torch.float32)
+    expected = results(getattr(ops, name), inputs)
+    for offset in (0, 1, 4, 8, 15):
+        moved = [torch.empty(i.numel() + offset)[offset:].view(i.shape).copy_(i) for i in inputs]
+        for value, truth in zip(results(getattr(ops, name), moved), expected, strict=True):
+            assert torch.equal(value, truth), offset
+
+
+@every_operator
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-20, 1e20])
 def test_extreme_images_have_the_gradients_of_the_reference(name, scale):
     inputs = [image * scale for image in images(name, (1, 2, 4, 6), torch.float32)]
