@@ -19,6 +19,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include "amplitude_phase/amplitude_phase_cuda.h"
 #include "common/cuda_device.h"
 #include "dynamic_filter/dynamic_filter_cuda.h"
 #endif
@@ -366,6 +367,97 @@ void inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum
   });
 }
 
+#ifdef MITNET_FAST_WITH_CUDA
+void check_on_cuda(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: dtype ", x.scalar_type(),
+                   " is not supported on CUDA devices, allowed: float32");
+}
+
+// The half spectrum [B, C, H, W/2 + 1] of images.
+at::Tensor half_spectrum_on_cuda(const at::Tensor& x) {
+  return at::_fft_r2c(x.contiguous(), {2, 3}, /*normalization=*/0, /*onesided=*/true).contiguous();
+}
+
+at::Tensor laid_out_like(const at::Tensor& x, const at::Tensor& result) {
+  const bool channels_last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return result.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+at::Tensor forward_on_cuda(const AmplitudePhaseShape& shape, const SpectralMap& map, const at::Tensor& x) {
+  check_on_cuda(x);
+  const c10::DeviceGuard guard(x.device());
+  AmplitudePhaseForward call{shape, map, nullptr, nullptr};
+  at::Tensor y;
+  if (shape.batch == 0 || has_images_cuda(shape)) {
+    const at::Tensor image = x.contiguous();
+    y = at::empty({shape.batch, shape.out_channels, shape.height, shape.width}, image.options());
+    call.x = image.const_data_ptr();
+    call.y = y.mutable_data_ptr();
+    launch_on_cuda(x, amplitude_phase_images_forward_workspace_cuda(call), [&](void* workspace, void* stream) {
+      amplitude_phase_images_forward_cuda(call, workspace, stream);
+    });
+  } else {
+    const at::Tensor spectrum = half_spectrum_on_cuda(x);
+    const at::Tensor mapped =
+        at::empty({shape.batch, shape.out_channels, shape.height, shape.columns()}, spectrum.options());
+    call.x = spectrum.const_data_ptr();
+    call.y = mapped.mutable_data_ptr();
+    launch_on_cuda(x, amplitude_phase_forward_workspace_cuda(call),
+                   [&](void* workspace, void* stream) { amplitude_phase_forward_cuda(call, workspace, stream); });
+    y = at::_fft_c2r(mapped, {2, 3}, /*normalization=*/0, shape.width);
+  }
+  return laid_out_like(x, y);
+}
+
+// `call` has everything but maps; returns the gradient of x if it is needed.
+at::Tensor backward_on_cuda(AmplitudePhaseBackward call, const at::Tensor& grad, const at::Tensor& x, bool needs_x) {
+  check_on_cuda(x);
+  const c10::DeviceGuard guard(x.device());
+  at::Tensor grad_x;
+  if (call.shape.batch == 0 || has_images_cuda(call.shape)) {
+    const at::Tensor image = x.contiguous(), grad_image = grad.contiguous();
+    if (needs_x) grad_x = at::empty(x.sizes(), image.options());
+    call.x = image.const_data_ptr();
+    call.grad = grad_image.const_data_ptr();
+    call.grad_x = needs_x ? grad_x.mutable_data_ptr() : nullptr;
+    launch_on_cuda(x, amplitude_phase_images_backward_workspace_cuda(call), [&](void* workspace, void* stream) {
+      amplitude_phase_images_backward_cuda(call, workspace, stream);
+    });
+  } else {
+    const at::Tensor spectrum = half_spectrum_on_cuda(x), grad_spectrum = half_spectrum_on_cuda(grad);
+    const at::Tensor result = needs_x ? at::empty_like(spectrum) : at::Tensor();
+    call.x = spectrum.const_data_ptr();
+    call.grad = grad_spectrum.const_data_ptr();
+    call.grad_x = needs_x ? result.mutable_data_ptr() : nullptr;
+    launch_on_cuda(x, amplitude_phase_backward_workspace_cuda(call),
+                   [&](void* workspace, void* stream) { amplitude_phase_backward_cuda(call, workspace, stream); });
+    if (needs_x) grad_x = at::_fft_c2r(result, {2, 3}, /*normalization=*/0, call.shape.width);
+  }
+  return needs_x ? laid_out_like(x, grad_x) : grad_x;
+}
+
+at::Tensor spectrum_on_cuda(const AmplitudePhaseShape& shape, const at::Tensor& x) {
+  check_on_cuda(x);
+  const c10::DeviceGuard guard(x.device());
+  if (shape.batch == 0 || has_images_cuda(shape)) {
+    const at::Tensor image = x.contiguous();
+    const at::Tensor spectrum =
+        at::empty({shape.batch, shape.channels, shape.height, shape.columns(), 2}, image.options());
+    launch_on_cuda(x, amplitude_phase_images_spectrum_workspace_cuda(shape), [&](void* workspace, void* stream) {
+      amplitude_phase_images_spectrum_cuda(shape, image.const_data_ptr(), spectrum.mutable_data_ptr(), workspace,
+                                           stream);
+    });
+    return spectrum;
+  }
+  const at::Tensor spectrum = at::view_as_real(half_spectrum_on_cuda(x));
+  const auto self_conjugate = [](const at::Tensor& bins, int64_t dimension, int64_t side) {
+    return side % 2 ? bins.narrow(dimension, 0, 1) : bins.slice(dimension, 0, bins.size(dimension), side / 2);
+  };
+  self_conjugate(self_conjugate(spectrum, 2, shape.height), 3, shape.width).select(-1, 1).zero_();
+  return spectrum;
+}
+#endif
+
 at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
                                         const at::Tensor& weight2, const at::Tensor& bias2,
                                         const std::optional<at::Tensor>& output_weight, bool phase,
@@ -373,6 +465,9 @@ at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& w
   const at::NoGradGuard no_grad;
   const auto shape = checked_shape(x, weight1, bias1, weight2, bias2, output_weight, phase, negative_slope, tf32);
   const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight);
+#ifdef MITNET_FAST_WITH_CUDA
+  if (x.is_cuda()) return forward_on_cuda(shape, weights.map(), x);
+#endif
   const at::Tensor y = empty_for(x, {shape.batch, shape.out_channels, shape.height, shape.width});
   if (!x.is_cpu()) no_kernels_for(x);
   AmplitudePhaseShape sample = shape;
@@ -407,16 +502,30 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
   const auto data = [](const at::Tensor& gradient) {
     return gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
   };
-  const at::Tensor grad_x = empty_for(x, needs_x);
   const at::Tensor grad_weight1 = gradient_of(weight1, needs_weight1), grad_bias1 = gradient_of(bias1, needs_bias1);
   const at::Tensor grad_weight2 = gradient_of(weight2, needs_weight2), grad_bias2 = gradient_of(bias2, needs_bias2);
   const at::Tensor grad_output_weight = gradient_of(weights.output_weight, needs_output_weight);
+  const AmplitudePhaseBackward call{shape,
+                                    weights.map(),
+                                    nullptr,
+                                    nullptr,
+                                    nullptr,
+                                    data(grad_weight1),
+                                    data(grad_bias1),
+                                    data(grad_weight2),
+                                    data(grad_bias2),
+                                    data(grad_output_weight)};
+#ifdef MITNET_FAST_WITH_CUDA
+  if (x.is_cuda()) {
+    const at::Tensor result = backward_on_cuda(call, grad, x, needs_x);
+    return {if_defined(result),       if_defined(grad_weight1), if_defined(grad_bias1),
+            if_defined(grad_weight2), if_defined(grad_bias2),   if_defined(grad_output_weight)};
+  }
+#endif
   if (!x.is_cpu()) no_kernels_for(x);
+  const at::Tensor grad_x = empty_for(x, needs_x);
   const auto& kernels = amplitude_phase_cpu_kernels();
-  AmplitudePhaseSampleBackward sample{
-      {shape, weights.map(), nullptr, nullptr, nullptr, data(grad_weight1), data(grad_bias1), data(grad_weight2),
-       data(grad_bias2), data(grad_output_weight)},
-      nullptr};
+  AmplitudePhaseSampleBackward sample{call, nullptr};
   sample.call.shape.batch = 1;
   const at::Tensor sums = at::zeros({kernels.sums_bytes(sample)}, at::kByte);
   sample.sums = sums.mutable_data_ptr();
@@ -439,8 +548,14 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
 at::Tensor amplitude_phase_conv_spectrum(const at::Tensor& x) {
   const at::NoGradGuard no_grad;
   check_map("x", x);
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+#ifdef MITNET_FAST_WITH_CUDA
+  if (x.is_cuda()) {
+    return spectrum_on_cuda({data_type(x), x.size(0), channels, 1, channels, height, width, false, 0, false}, x);
+  }
+#endif
   if (!x.is_cpu()) no_kernels_for(x);
-  const AmplitudePhaseShape shape{data_type(x), 1, x.size(1), 1, x.size(1), x.size(2), x.size(3), false, 0, false};
+  const AmplitudePhaseShape shape{data_type(x), 1, channels, 1, channels, height, width, false, 0, false};
   const at::Tensor spectra = at::empty({x.size(0), x.size(1), shape.height, shape.columns(), 2}, x.options());
   for (int64_t n = 0; n < x.size(0); ++n) spectra[n].copy_(at::view_as_real(half_spectrum_on_cpu(shape, x[n])));
   return spectra;

@@ -67,8 +67,9 @@ __device__ __forceinline__ bool describe_tile(const BinTiles& tiles, int tile, B
 
 __device__ __forceinline__ void load_tile(const float2* spectrum, int64_t size, const BinTable& table, int channels,
                                           int bins, const Plane& real, const Plane& imaginary) {
+  const int log2_bins = log2_of(bins);
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
-    const int c = i / bins, p = i % bins, offset = table.offset[p];
+    const int c = i >> log2_bins, p = i & (bins - 1), offset = table.offset[p];
     const float2 value = offset < 0 ? float2{0, 0} : spectrum[c * size + offset];
     real.at(c, p) = value.x;
     imaginary.at(c, p) = table.real[p] ? 0.0f : value.y;
@@ -77,8 +78,9 @@ __device__ __forceinline__ void load_tile(const float2* spectrum, int64_t size, 
 
 __device__ __forceinline__ void store_tile(float2* spectrum, int64_t size, const BinTable& table, int channels,
                                            int bins, float scale, const Plane& real, const Plane& imaginary) {
+  const int log2_bins = log2_of(bins);
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
-    const int c = i / bins, p = i % bins, offset = table.offset[p];
+    const int c = i >> log2_bins, p = i & (bins - 1), offset = table.offset[p];
     if (offset >= 0) spectrum[c * size + offset] = {scale * real.at(c, p), scale * imaginary.at(c, p)};
   }
 }
@@ -197,16 +199,6 @@ __global__ void __launch_bounds__(spectral_threads, 2)
       store_tile(grad_x + n * channels * size, size, table, channels, bins, 1.0f, at.real, at.imaginary);
     }
     __syncthreads();
-  }
-}
-
-// Calls `with` with two integral constants for the kernel's template.
-template <typename With>
-void dispatch(const AmplitudePhaseShape& shape, With&& with) {
-  if (shape.phase) {
-    shape.tf32 ? with(std::true_type{}, std::true_type{}) : with(std::true_type{}, std::false_type{});
-  } else {
-    shape.tf32 ? with(std::false_type{}, std::true_type{}) : with(std::false_type{}, std::false_type{});
   }
 }
 

@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "amplitude_phase/amplitude_phase.h"
 #include "amplitude_phase/spectral_tile.cuh"
@@ -155,6 +158,16 @@ int bins_that_fit(const AmplitudePhaseShape& shape, Planes&& planes) {
   if (bytes(8) <= shared_bytes_anywhere) return 8;
   throw std::invalid_argument("x: " + std::to_string(shape.channels) + " channels with " +
                               std::to_string(shape.hidden_channels) + " hidden ones do not fit into shared memory");
+}
+
+// Calls `with` with the constants (phase, tf32) of a kernel's template.
+template <typename With>
+void dispatch(const AmplitudePhaseShape& shape, With&& with) {
+  if (shape.phase) {
+    shape.tf32 ? with(std::true_type{}, std::true_type{}) : with(std::true_type{}, std::false_type{});
+  } else {
+    shape.tf32 ? with(std::false_type{}, std::true_type{}) : with(std::false_type{}, std::false_type{});
+  }
 }
 
 }  // namespace mitnet_fast

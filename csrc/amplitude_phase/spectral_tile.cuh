@@ -1,6 +1,6 @@
 // The spectral step on a tile of bins with all their channels in shared memory, whoever brings it there.
 //
-// A tile has a multiple of 8 bins. What belongs to it lies in planes [channel][bin], channels padded to a
+// A tile has a power of two of bins, 8 or more. What belongs to it lies in planes [channel][bin], channels padded to a
 // multiple of 8 with zeros, since every product with a weight takes 8 of them at a time. The weights are
 // packed: tiles of 16 rows × 8 channels in the order in which the lanes of a warp take them, in TF32
 // already rounded. Products accumulate in float32, on tensor cores in TF32, else as IEEE multiplications
@@ -26,6 +26,8 @@ __host__ __device__ constexpr int pitch_of(int bins) { return bins % 16 ? bins :
 __host__ __device__ constexpr int64_t plane_size(int channels, int bins) {
   return static_cast<int64_t>(padded(channels, 8)) * pitch_of(bins);
 }
+
+__device__ __forceinline__ int log2_of(int bins) { return 31 - __clz(bins); }
 
 struct Plane {
   float* data;
@@ -94,7 +96,7 @@ __device__ __forceinline__ void multiply(const PackedMatrix& a, const Plane (&v)
           }
         }
       } else {
-#pragma unroll
+#pragma unroll 2
         for (int j = 0; j < 4; ++j) {
           const float4 row = weights[4 * g + j];  // A[g][j], A[g + 8][j], A[g][j + 4], A[g + 8][j + 4]
 #pragma unroll
@@ -243,8 +245,9 @@ __device__ __forceinline__ float leaky(float value, float negative_slope) {
 template <bool phase, bool tf32>
 __device__ __forceinline__ void map_tile(const PackedMap& map, const Plane& real, const Plane& imaginary,
                                          const Plane& values, const Plane& hidden, int bins) {
+  const int log2_bins = log2_of(bins);
   for (int i = threadIdx.x; i < map.weight1.inner * bins; i += spectral_threads) {
-    const int c = i / bins, p = i % bins;
+    const int c = i >> log2_bins, p = i & (bins - 1);
     const Polar x = polar(real.at(c, p), imaginary.at(c, p));
     if constexpr (phase) {
       values.at(c, p) = atan2f(x.sine, x.cosine);
@@ -299,9 +302,9 @@ struct BackwardPlanes {
 template <bool phase, bool tf32>
 __device__ __forceinline__ void backward_tile(const PackedMap& map, const BackwardPlanes& at, int bins, float scale,
                                               float weight, const WeightSums& sums, bool first) {
-  const int channels = map.weight1.inner, hidden_channels = map.weight1.rows;
+  const int channels = map.weight1.inner, hidden_channels = map.weight1.rows, log2_bins = log2_of(bins);
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
-    const int c = i / bins, p = i % bins;
+    const int c = i >> log2_bins, p = i & (bins - 1);
     const Polar x = polar(at.real.at(c, p), at.imaginary.at(c, p));
     at.amplitude.at(c, p) = x.amplitude;
     at.real.at(c, p) = x.cosine;
@@ -341,7 +344,7 @@ __device__ __forceinline__ void backward_tile(const PackedMap& map, const Backwa
     __syncthreads();
   }
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
-    const int c = i / bins, p = i % bins;
+    const int c = i >> log2_bins, p = i & (bins - 1);
     const float grad_real = scale * at.y_real.at(c, p), grad_imaginary = scale * at.y_imaginary.at(c, p);
     float cosine = at.real.at(c, p), sine = at.imaginary.at(c, p);
     if constexpr (phase) cosine_and_sine(at.mapped.at(c, p), cosine, sine);

@@ -27,6 +27,7 @@ KERNELS = Kernels(
     "amplitude_phase",
     {
         ("cpp", "cpu"): frozenset({torch.float32, torch.float64}),
+        ("cpp", "cuda"): frozenset({torch.float32}),
         ("triton", "cuda"): frozenset({torch.float32}),
         ("triton", "cpu"): frozenset({torch.float32}),
     },

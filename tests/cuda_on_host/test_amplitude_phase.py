@@ -8,23 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mitnet_fast import reference
-from mitnet_fast.reference.amplitude_phase import amplitude_phase_conv_of_spectrum
+from mitnet_fast.reference import amplitude_phase as formulas
 from mitnet_fast.specs import allowed_error, relative_error
-from tests.cuda_on_host import HostKernels, Order
+from tests.cuda_on_host import HostKernels, KernelFault, Order
 from tests.cuda_on_host.harness import CSRC
 
-UNITS = (Path(__file__).parent / "amplitude_phase.cpp", CSRC / "amplitude_phase" / "amplitude_phase_cuda.cu")
+UNITS = (
+    Path(__file__).parent / "amplitude_phase.cpp",
+    CSRC / "amplitude_phase" / "amplitude_phase_cuda.cu",
+    CSRC / "amplitude_phase" / "amplitude_phase_images_cuda.cu",
+)
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "output_weight")
-TF32_EPS = 2.0**-10
 ORDERS = [pytest.param(order, id=order.name.lower()) for order in Order]
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "sanitized"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[HostKernels]:
-    with HostKernels(*UNITS, sanitize=request.param) as compiled:
-        yield compiled
+MODES = pytest.mark.parametrize("phase", [False, True], ids=["amplitude", "phase"])
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +32,59 @@ def plain() -> Iterator[HostKernels]:
         yield compiled
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "sanitized"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[HostKernels]:
+    with HostKernels(*UNITS, sanitize=request.param) as compiled:
+        yield compiled
+
+
+class Tf32Convolution(torch.autograd.Function):
+    """1×1 convolution whose products, in both directions, round their factors to TF32."""
+
+    @staticmethod
+    def forward(ctx, values, weight, bias):
+        ctx.save_for_backward(values, weight)
+        return F.conv2d(rounded(values), rounded(weight), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, weight = map(rounded, ctx.saved_tensors)
+        grad_weight = torch.einsum("bohw,bchw->oc", rounded(grad), values)[:, :, None, None]
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return F.conv_transpose2d(rounded(grad), weight), grad_weight, grad_bias
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    return ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+class Tf32:
+    """``torch.nn.functional`` with such convolutions."""
+
+    leaky_relu = staticmethod(F.leaky_relu)
+
+    @staticmethod
+    def conv2d(values, weight, bias=None):
+        return Tf32Convolution.apply(values, weight, bias)
+
+
 class Call:
     """One call: batch, C, Ch, Co (0: no output_weight), height, width; inputs, and what float64 makes of them."""
 
-    def __init__(self, *sizes: int, phase: bool, tf32: bool = False, slope: float = 0.2, seed: int = 0) -> None:
-        self.sizes, self.phase, self.tf32, self.slope = sizes, phase, tf32, slope
+    def __init__(self, *sizes: int, phase: bool, tf32: bool = False, slope: float = 0.2, images: bool = False) -> None:
+        self.sizes, self.phase, self.tf32, self.slope, self.images = sizes, phase, tf32, slope, images
         batch, channels, hidden, out, height, width = sizes
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         shapes = [(batch, channels, height, width), (hidden, channels), (hidden,), (channels, hidden), (channels,)]
         shapes += [(out, channels)] if out else []
         self.inputs = [torch.randn(shape, generator=generator) for shape in shapes] + ([] if out else [None])
         self.grad = torch.randn(batch, out or channels, height, width, generator=generator)
         self.seen = reference.half_spectrum(self.inputs[0])
+
+    @property
+    def c_sizes(self) -> np.ndarray:
+        batch, channels, hidden, out, height, width = self.sizes
+        return np.array([batch, channels, hidden, out or channels, height, width, self.phase, self.tf32], np.int64)
 
     def formula(self, dtype: torch.dtype, absolute: bool = False) -> dict[str, torch.Tensor]:
         """Result and gradients in plain PyTorch, from the spectrum that the kernels see; or of absolute values."""
@@ -54,7 +94,7 @@ class Call:
         own = reference.half_spectrum(x)
         parts = [part.detach().requires_grad_() for part in (own if absolute else change(self.seen)).unbind(-1)]
         mode = "phase" if self.phase else "amplitude"
-        y = amplitude_phase_conv_of_spectrum(
+        y = formulas.amplitude_phase_conv_of_spectrum(
             *parts, *weights, size=x.shape[-2:], mode=mode, negative_slope=self.slope, output_weight=output_weight
         )
         wanted = [leaf for leaf in leaves[1:] if leaf is not None]
@@ -63,27 +103,33 @@ class Call:
         results = dict(zip(NAMES, [grad_x, *grad_parts[2:]], strict=False))
         return {"y": y.detach()} | results
 
-    def run(self, kernels: HostKernels, order: Order = Order.FORWARD, seed: int = 0) -> dict[str, torch.Tensor]:
-        """The same by the kernels, transforms around them in float64."""
-        batch, channels, hidden, out, height, width = self.sizes
-        columns, outputs = width // 2 + 1, out or channels
-        sizes = np.array([batch, channels, hidden, outputs, height, width, self.phase, self.tf32], np.int64)
-        seen = self.seen.clone()
-        rows, edges = (slice(None, None, side // 2) if side % 2 == 0 else slice(1) for side in (height, width))
-        seen[:, :, rows, edges, 1] = -1e-3  # noise of a library, which the kernels have to ignore
+    def run(self, kernels: HostKernels, order: Order = Order.FORWARD) -> dict[str, torch.Tensor]:
+        """The same by the kernels; transforms that are not theirs in float64."""
+        batch, channels, _, out, height, width = self.sizes
         weights = [None if t is None else t.numpy() for t in self.inputs[1:]]
-        result = np.full((batch, outputs, height, columns, 2), np.nan, np.float32)
-        arguments = (sizes, self.slope, *weights)
-        kernels("amplitude_phase_forward", *arguments, seen.numpy(), result, order=order, seed=seed)
-        gradients = [np.full((batch, channels, height, columns, 2), np.nan, np.float32)]
-        gradients += [None if t is None else np.full(t.shape, np.nan, np.float32) for t in weights]
-        grad = reference.half_spectrum(self.grad).numpy()
-        kernels("amplitude_phase_backward", *arguments, grad, seen.numpy(), *gradients, order=order, seed=seed)
-        assert_hermitian(result, width)
-        assert_hermitian(gradients[0], width)
-        named = dict(zip(NAMES, gradients, strict=True))
-        found = {name: torch.from_numpy(value) for name, value in named.items() if value is not None}
-        return found | {"y": self.image(result), "x": self.image(gradients[0])}
+        gradients = [None if t is None else np.full(t.shape, np.nan, np.float32) for t in weights]
+
+        def run(x: np.ndarray, grad: np.ndarray, tail: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+            y = np.full((batch, out or channels, height, *tail), np.nan, np.float32)
+            grad_x = np.full((batch, channels, height, *tail), np.nan, np.float32)
+            arguments = (int(self.images), self.c_sizes, self.slope, *weights)
+            kernels("amplitude_phase_forward", *arguments, x, y, order=order, seed=5)
+            kernels("amplitude_phase_backward", *arguments, grad, x, grad_x, *gradients, order=order, seed=5)
+            return y, grad_x
+
+        if self.images:
+            y, grad_x = map(torch.from_numpy, run(self.inputs[0].numpy(), self.grad.numpy(), (width,)))
+        else:
+            seen = self.seen.clone()
+            rows, edges = (slice(None, None, side // 2) if side % 2 == 0 else slice(1) for side in (height, width))
+            seen[:, :, rows, edges, 1] = -1e-3  # noise of a library, which the kernels have to ignore
+            spectra = run(seen.numpy(), reference.half_spectrum(self.grad).numpy(), (width // 2 + 1, 2))
+            for spectrum in spectra:
+                assert_hermitian(spectrum, width)
+            y, grad_x = map(self.image, spectra)
+        named = zip(NAMES[1:], gradients, strict=True)
+        found = {name: torch.from_numpy(value) for name, value in named if value is not None}
+        return found | {"y": y, "x": grad_x}
 
     def image(self, spectrum: np.ndarray) -> torch.Tensor:
         values = torch.view_as_complex(torch.from_numpy(spectrum).double())
@@ -97,17 +143,18 @@ def assert_hermitian(spectrum: np.ndarray, width: int) -> None:
 
 
 def check(call: Call, actual: dict[str, torch.Tensor]) -> None:
-    truth, eager = call.formula(torch.float64), call.formula(torch.float32)
-    absolute = call.formula(torch.float64, absolute=True)
+    truth, absolute = call.formula(torch.float64), call.formula(torch.float64, absolute=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if call.tf32:
+            patch.setattr(formulas, "F", Tf32)
+        eager = call.formula(torch.float32)
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():
         allowed = allowed_error(torch.float32, relative_error(eager[name], expected), expected, absolute[name])
-        if call.tf32:
-            allowed = max(allowed, 8 * TF32_EPS * float(absolute[name].norm() / expected.norm()))
         assert relative_error(actual[name], expected) <= allowed, name
 
 
-@pytest.mark.parametrize("phase", [False, True], ids=["amplitude", "phase"])
+@MODES
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -126,24 +173,90 @@ def test_results_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], p
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("phase", [False, True], ids=["amplitude", "phase"])
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
-def test_every_order_of_threads_gives_the_same_bits(plain: HostKernels, tf32: bool, phase: bool, order: Order) -> None:
-    call = Call(2, 5, 11, 3, 8, 10, phase=phase, tf32=tf32, slope=0.01)
+@MODES
+@pytest.mark.parametrize("images", [False, True], ids=["spectra", "images"])
+def test_every_order_of_threads_gives_the_same_bits(
+    plain: HostKernels, images: bool, phase: bool, tf32: bool, order: Order
+) -> None:
+    call = Call(2, 5, 11, 3, 8, 16 if images else 10, phase=phase, tf32=tf32, slope=0.01, images=images)
+    if images:
+        call.seen = image_spectrum(plain, call)
     first = call.run(plain)
     check(call, first)
-    for name, value in call.run(plain, order, seed=5).items():
+    for name, value in call.run(plain, order).items():
         assert torch.equal(value, first[name]), name
 
 
-def test_several_tiles_of_fewer_bins() -> None:
-    """Wide maps whose tiles shrink to what shared memory holds."""
-    with HostKernels(*UNITS) as plain:
-        call = Call(1, 160, 160, 160, 4, 6, phase=True)
-        check(call, call.run(plain))
+def test_many_channels_take_fewer_bins(plain: HostKernels) -> None:
+    call = Call(1, 160, 160, 160, 4, 6, phase=True)
+    check(call, call.run(plain))
 
 
-def test_a_negative_slope_below_zero() -> None:
-    with HostKernels(*UNITS) as plain:
-        call = Call(1, 4, 6, 0, 4, 4, phase=False, slope=-0.5)
-        check(call, call.run(plain))
+def test_a_slope_below_zero(plain: HostKernels) -> None:
+    call = Call(1, 4, 6, 0, 4, 4, phase=False, slope=-0.5)
+    check(call, call.run(plain))
+
+
+def test_more_channels_than_shared_memory_holds_are_refused(plain: HostKernels) -> None:
+    call = Call(1, 1, 4096, 0, 1, 1, phase=False)
+    with pytest.raises(KernelFault, match="x: 1 channels with 4096 hidden ones do not fit into shared memory"):
+        call.run(plain)
+
+
+def image_spectrum(kernels: HostKernels, call: Call) -> torch.Tensor:
+    """The half spectrum of x that the kernels with transforms of their own see."""
+    batch, channels, _, _, height, width = call.sizes
+    spectrum = np.full((batch, channels, height, width // 2 + 1, 2), np.nan, np.float32)
+    kernels("image_spectrum", call.c_sizes, call.inputs[0].numpy(), spectrum)
+    return torch.from_numpy(spectrum)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 8, 8), (1, 2, 16, 8), (1, 2, 8, 32), (1, 1, 64, 16)], ids=str)
+def test_own_transforms_are_as_exact_as_a_library(kernels: HostKernels, sizes: tuple[int, ...]) -> None:
+    batch, channels, height, width = sizes
+    call = Call(batch, channels, 1, 0, height, width, phase=False)
+    own = image_spectrum(kernels, call)
+    truth = reference.half_spectrum(call.inputs[0].double())
+    assert relative_error(own, truth) <= 1.5 * relative_error(call.seen, truth)
+    real = own[:, :, :: height // 2, :: width // 2, 1]
+    assert torch.equal(real, torch.zeros_like(real))
+    assert not real.signbit().any()
+
+
+@MODES
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 3, 2, 0, 8, 8),
+        (1, 9, 5, 17, 16, 8),
+        (1, 20, 20, 20, 8, 16),
+        (1, 2, 3, 4, 32, 16),
+        pytest.param((1, 3, 3, 3, 64, 64), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_images_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], phase: bool) -> None:
+    call = Call(*sizes, phase=phase, images=True)
+    call.seen = image_spectrum(kernels, call)
+    check(call, call.run(kernels))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        *(((8, c, c, c, side, side), True) for c, side in ((20, 256), (40, 128), (80, 64), (160, 32), (160, 16))),
+        ((1, 3, 6, 22, 8, 8), True),
+        ((1, 3, 33, 3, 8, 8), False),
+        ((1, 20, 20, 20, 256, 96), False),
+        ((1, 20, 20, 20, 4, 256), False),
+        ((1, 20, 20, 20, 256, 2048), False),
+        ((1, 40, 40, 40, 256, 256), False),
+    ],
+    ids=str,
+)
+def test_images_of_which_a_column_fits_on_chip(plain: HostKernels, sizes: tuple[int, ...], expected: bool) -> None:
+    for phase in (0, 1):
+        result = np.array([-1])
+        plain("has_images", np.array([*sizes, phase, 0], np.int64), result)
+        assert result[0] == expected
