@@ -22,6 +22,7 @@
 #include "amplitude_phase/amplitude_phase_cuda.h"
 #include "common/cuda_device.h"
 #include "dynamic_filter/dynamic_filter_cuda.h"
+#include "window_attention/window_attention_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -599,6 +600,10 @@ at::Tensor window_attention_forward(const at::Tensor& qk, const at::Tensor& v, c
   if (v.is_cpu()) {
     check_window_attention_on_cpu(v);
     launch_on_cpu(window_attention_cpu_kernels().forward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (v.is_cuda()) {
+    launch_on_cuda(v, 0, [&](void*, void* stream) { window_attention_forward_cuda(call, tf32, stream); });
+#endif
   } else {
     no_kernels_for(v);
   }
@@ -625,6 +630,12 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
   if (v.is_cpu()) {
     check_window_attention_on_cpu(v);
     launch_on_cpu(window_attention_cpu_kernels().backward, call);
+#ifdef MITNET_FAST_WITH_CUDA
+  } else if (v.is_cuda()) {
+    launch_on_cuda(v, window_attention_backward_workspace_cuda(call), [&](void* workspace, void* stream) {
+      window_attention_backward_cuda(call, tf32, workspace, stream);
+    });
+#endif
   } else {
     no_kernels_for(v);
   }

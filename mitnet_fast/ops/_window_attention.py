@@ -27,6 +27,7 @@ KERNELS = Kernels(
     "window_attention",
     {
         ("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        ("cpp", "cuda"): HALF,
         ("triton", "cuda"): HALF,
         ("triton", "cpu"): HALF,
     },

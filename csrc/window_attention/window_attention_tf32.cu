@@ -1,0 +1,8 @@
+#include "window_attention/window_attention_cuda.cuh"
+
+namespace mitnet_fast {
+
+template void attention_forward<Tf32Attention>(const WindowAttentionForward&, cudaStream_t);
+template void attention_backward<Tf32Attention>(const WindowAttentionBackward&, void*, cudaStream_t);
+
+}  // namespace mitnet_fast
