@@ -237,16 +237,10 @@ def _scaling(network: str, device: str, largest: int) -> Iterator[Scaling]:
     """Seconds and memory of restoring one image, sides doubling from 64 pixels."""
     sides = [64 * 2**step for step in range(int(math.log2(largest / 64)) + 1)]
     for side in sides:
-        calls = {}
-        for name in ("plain", "fused"):
-            implementation = models.IMPLEMENTATIONS[name]
-            call = models.prepare(network, "inference", implementation, 1, side, device)
-
-            def once(_: int, call=call, backends=implementation.backends) -> None:
-                with backends():
-                    call()
-
-            calls[name] = once
+        calls = {
+            name: models.turn(network, "inference", models.IMPLEMENTATIONS[name], 1, side, device)
+            for name in ("plain", "fused")
+        }
         timings = take_turns(calls, device, seconds=0.5, least=2)
         for name, timing in timings.items():
             memory = models.memory_in_own_process(network, "inference", name, 1, side, device)

@@ -132,6 +132,19 @@ def prepare(
     return step
 
 
+def turn(
+    network: str, work: str, implementation: Implementation, batch: int, size: int, device: str
+) -> Callable[[int], None]:
+    """The prepared work under the implementation's backends, as :func:`take_turns` calls it."""
+    call = prepare(network, work, implementation, batch, size, device)
+
+    def run(_: int) -> None:
+        with implementation.backends():
+            call()
+
+    return run
+
+
 def is_correct(network: str, implementation: Implementation, device: str) -> bool:
     """Whether restored images are as near to those in float64 as plain PyTorch's, in the median."""
     errors, plain_errors = [], []
@@ -179,12 +192,7 @@ def measure(
         if name not in (*PLAIN, *COMPILED) and not is_correct(network, implementation, device):
             problems[name] = "fails its check"
             continue
-        call = prepare(network, work, implementation, batch, size, device)
-
-        def run(_: int, call=call, backends=implementation.backends) -> None:
-            with backends():
-                call()
-
+        run = turn(network, work, implementation, batch, size, device)
         if implementation.compiled:
             try:
                 run(0)

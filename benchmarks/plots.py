@@ -78,7 +78,7 @@ def speedups(rows: Sequence[dict]) -> Figure:
     axes.set_xlim(0, 1.3 * longest)
     axes.axvline(1, color=FAINT, linewidth=0.8)
     axes.set_xlabel("times as fast as plain PyTorch on the same machine, medians", fontsize=9, color=FAINT)
-    axes.set_title(_where(rows), fontsize=9, color=FAINT, loc="left")
+    axes.set_title(where(rows), fontsize=9, color=FAINT, loc="left")
     _plain(axes, grid="x")
     return figure
 
@@ -127,7 +127,7 @@ def roofline(rows: Sequence[dict], rates: dict[str, float]) -> Figure:
     axes.set_xlim(span)
     axes.set_xlabel("FLOP per byte that must move at least", fontsize=9, color=FAINT)
     axes.set_ylabel("GFLOP/s", fontsize=9, color=FAINT)
-    axes.set_title("forward + backward; " + _where(rows), fontsize=9, color=FAINT, loc="left")
+    axes.set_title("forward + backward; " + where(rows), fontsize=9, color=FAINT, loc="left")
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _plain(axes, grid="both")
     return figure
@@ -161,19 +161,16 @@ def scaling(rows: Sequence[dict]) -> Figure:
         _plain(axes, grid="both")
         if column == 0:
             axes.legend(fontsize=8, frameon=False)
-    figure.suptitle("inference of one image; " + _where(rows), fontsize=9, color=FAINT, x=0.12, ha="left")
+    figure.suptitle("inference of one image; " + where(rows), fontsize=9, color=FAINT, x=0.12, ha="left")
     figure.subplots_adjust(wspace=0.25, top=0.86)
     return figure
 
 
-def threads_of(row: dict) -> str:
-    """How many threads computed, as a continuation of the device's name."""
-    return {"": "", "1": ", one thread"}.get(row["threads"], f", {row['threads']} threads")
-
-
-def _where(rows: Sequence[dict]) -> str:
+def where(rows: Sequence[dict]) -> str:
+    """Device, threads, version and commit of a run's rows."""
     first = rows[0]
-    return f"{first['device']}{threads_of(first)}, torch {first['torch']}, commit {first['commit']}"
+    threads = {"": "", "1": ", one thread"}.get(first["threads"], f", {first['threads']} threads")
+    return f"{first['device']}{threads}, torch {first['torch']}, commit {first['commit']}"
 
 
 def _readable(axis) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .plots import threads_of
+from .plots import where
 
 BEGIN, END = "<!-- performance: written by benchmarks/summary.py -->", "<!-- /performance -->"
 
@@ -28,9 +28,8 @@ def markdown(folder: Path, pictures: str = "") -> str:
     rows = json.loads((folder / "bench.json").read_text())
     rates = json.loads((folder / "rates.json").read_text())
     prefix = f"{pictures}/" if pictures else ""
-    first = rows[0]
     lines = [
-        f"Measured on {first['device']}{threads_of(first)}, torch {first['torch']}, commit {first['commit']}: "
+        f"Measured on {where(rows)}: "
         "medians of one run, all implementations in turns. Limits of the machine in the same run: "
         f"copy {rates['copy_gb_per_s']:.0f} GB/s, "
         + ", ".join(

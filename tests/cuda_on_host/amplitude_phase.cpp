@@ -5,29 +5,13 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <string>
 
 #include "amplitude_phase/amplitude_phase_cuda.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
+#include "cuda_on_host/entry.h"
 
 using namespace mitnet_fast;
 
 namespace {
-
-std::string message;
-
-template <typename Call>
-const char* report(Call&& call) {
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 AmplitudePhaseShape shape_of(const int64_t* sizes, double negative_slope) {
   return {DataType::float32, sizes[0], sizes[1],      sizes[2],       sizes[3],

@@ -5,32 +5,16 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "cuda_on_host/entry.h"
 #include "dynamic_filter/dynamic_filter_cuda.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 using namespace mitnet_fast;
 
 namespace {
-
-std::string message;
-
-template <typename Call>
-const char* report(Call&& call) {
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 DynamicFilterShape shape_of(const int64_t* sizes) {
   return {static_cast<DataType>(sizes[0]),

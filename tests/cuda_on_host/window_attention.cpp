@@ -3,30 +3,14 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <string>
 
+#include "cuda_on_host/entry.h"
 #include "window_attention/window_attention_cuda.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 using namespace mitnet_fast;
 
 namespace {
-
-std::string message;
-
-template <typename Call>
-const char* report(Call&& call) {
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 WindowAttentionShape shape_of(const int64_t* sizes) {
   return {static_cast<DataType>(sizes[0]), sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};

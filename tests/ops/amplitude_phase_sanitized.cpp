@@ -1,56 +1,11 @@
 // Runs the spectral step of the amplitude / phase convolution on random calls whose buffers and workspace
 // are exactly as large as they may be, filled with NaN where they are written: for AddressSanitizer and
 // UndefinedBehaviorSanitizer. Arguments: seed, number of calls. Exits with 1 if an element is not written.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
-
 #include "amplitude_phase/amplitude_phase_cpu_kernels.cpp"
+#include "sanitized.h"
 
 namespace mitnet_fast {
-
-void run_tasks(int64_t count, int threads, void (*run)(void* context, int64_t task, int thread), void* context) {
-  for (int64_t task = 0; task < count; ++task) run(context, task, static_cast<int>(task % smaller(threads, count)));
-}
-
 namespace {
-
-std::mt19937 generator;
-
-int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + generator() % values.size()); }
-bool coin() { return generator() % 2; }
-
-template <typename T>
-std::vector<T> numbers(int64_t count) {
-  std::vector<T> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(0.1 * static_cast<double>(i * 7919 % 13 - 6));
-  return values;
-}
-
-template <typename T>
-std::vector<T> unwritten(int64_t count) {
-  return std::vector<T>(count, static_cast<T>(NAN));
-}
-
-template <typename T>
-bool written(const std::vector<T>& values) {
-  for (const T& value : values)
-    if (std::isnan(value)) return false;
-  return true;
-}
-
-template <typename Call>
-void run(const CpuKernel<Call>& kernel, const Call& call) {
-  const int threads = static_cast<int>(one_of({1, 2, 5}));
-  const int64_t bytes = kernel.workspace_bytes(call, threads);
-  void* workspace = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
-  std::memset(workspace, 0xff, bytes);
-  kernel.launch(call, workspace, threads);
-  std::free(workspace);
-}
 
 template <typename T>
 bool random_calls(DataType dtype) {
@@ -93,12 +48,7 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  generator.seed(std::atoi(arguments[1]));
-  for (int call = 0; call < std::atoi(arguments[2]); ++call) {
-    const bool good = coin() ? random_calls<float>(DataType::float32) : random_calls<double>(DataType::float64);
-    if (!good) {
-      std::printf("call %d leaves an element unwritten\n", call);
-      return 1;
-    }
-  }
+  return run_calls(arguments, [] {
+    return coin() ? random_calls<float>(DataType::float32) : random_calls<double>(DataType::float64);
+  });
 }

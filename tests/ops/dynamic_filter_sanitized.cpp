@@ -1,55 +1,11 @@
 // Runs the CPU kernels of the dynamic filter on random calls whose buffers and workspace are exactly as
 // large as they may be, filled with NaN where they are written: for AddressSanitizer and
 // UndefinedBehaviorSanitizer. Arguments: seed, number of calls. Exits with 1 if an element is not written.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <vector>
-
 #include "dynamic_filter/dynamic_filter_cpu_kernels.cpp"
+#include "sanitized.h"
 
 namespace mitnet_fast {
-
-void run_tasks(int64_t count, int threads, void (*run)(void* context, int64_t task, int thread), void* context) {
-  for (int64_t task = 0; task < count; ++task) run(context, task, static_cast<int>(task % smaller(threads, count)));
-}
-
 namespace {
-
-std::mt19937 generator;
-
-int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + generator() % values.size()); }
-bool coin() { return generator() % 2; }
-
-template <typename S>
-std::vector<S> numbers(int64_t count) {
-  std::vector<S> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<S>(0.1 * static_cast<double>(i * 7919 % 13 - 6));
-  return values;
-}
-
-template <typename S>
-std::vector<S> unwritten(int64_t count) {
-  return std::vector<S>(count, static_cast<S>(NAN));
-}
-
-template <typename S>
-bool written(const std::vector<S>& values) {
-  for (const S& value : values)
-    if (std::isnan(static_cast<float>(value))) return false;
-  return true;
-}
-
-template <typename Call>
-void run(const CpuKernel<Call>& kernel, const Call& call) {
-  const int threads = static_cast<int>(one_of({1, 2, 5}));
-  const int64_t bytes = kernel.workspace_bytes(call, threads);
-  void* workspace = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
-  std::memset(workspace, 0xff, bytes);
-  kernel.launch(call, workspace, threads);
-  std::free(workspace);
-}
 
 template <typename S>
 bool random_calls(DataType dtype) {
@@ -109,16 +65,11 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  generator.seed(std::atoi(arguments[1]));
-  for (int call = 0; call < std::atoi(arguments[2]); ++call) {
+  return run_calls(arguments, [] {
     const int64_t kind = one_of({0, 1, 2, 3});
-    const bool good = kind == 0   ? random_calls<float>(DataType::float32)
-                      : kind == 1 ? random_calls<double>(DataType::float64)
-                      : kind == 2 ? random_calls<c10::BFloat16>(DataType::bfloat16)
-                                  : random_calls<c10::Half>(DataType::float16);
-    if (!good) {
-      std::printf("call %d leaves an element unwritten\n", call);
-      return 1;
-    }
-  }
+    return kind == 0   ? random_calls<float>(DataType::float32)
+           : kind == 1 ? random_calls<double>(DataType::float64)
+           : kind == 2 ? random_calls<c10::BFloat16>(DataType::bfloat16)
+                       : random_calls<c10::Half>(DataType::float16);
+  });
 }

@@ -8,18 +8,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
 from mitnet_fast import _C, ops, reference
 from mitnet_fast.specs import AMPLITUDE_PHASE_CONV as SPEC
 from mitnet_fast.specs import Case, allowed_error, compare, expectations, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
-from tests.ops.test_dynamic_filter_cpp import CAPABILITY_FLAGS, ROOT, same_bits
+from tests.ops.memory import highest_held
+from tests.ops.test_dynamic_filter_cpp import same_bits
 
 
 def case_of(batch, channels, height, width, hidden, out, mode, slope=0.2):
@@ -232,16 +230,13 @@ def test_memory_is_a_third_of_eager(channels, side, mode):
     gradient = SPEC.gradient(case, leaves["x"])
     results = 4 * (gradient.numel() + sum(leaf.numel() for leaf in leaves.values()))
 
-    def peak(backend):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            kept = torch.autograd.grad(SPEC.run(case, leaves, backend), list(leaves.values()), gradient)
+    def call(backend):
+        kept = torch.autograd.grad(SPEC.run(case, leaves, backend), list(leaves.values()), gradient)
         assert len(kept) == 6
-        held = highest = 0
-        changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(changes, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            highest = max(highest, held)
-        return highest - results
+        return kept
+
+    def peak(backend):
+        return highest_held(lambda: call(backend)) - results
 
     assert 0 < peak("cpp") <= peak("reference") / 3
 
@@ -285,22 +280,3 @@ def test_bad_arguments_of_the_launchers_are_errors(change, error, message):
     if not {"grad", "needs"} & change.keys() and "grad" not in message:
         with pytest.raises(error, match=message):
             _C.amplitude_phase_conv_forward(**good | change)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("capability", CAPABILITY_FLAGS)
-def test_sanitizers_find_nothing(tmp_path, capability):
-    """No access outside of what spectra and workspace hold, nothing undefined, no element left unwritten."""
-    program = tmp_path / "sanitized"
-    source = Path(__file__).with_name("amplitude_phase_sanitized.cpp")
-    libraries = Path(torch.__file__).parent / "lib"
-    command = [
-        *(get_cxx_compiler(), "-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
-        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *CAPABILITY_FLAGS[capability]),
-        *(f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())),
-        *(source, "-o", program, f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"),
-    ]
-    subprocess.run(command, check=True)
-    for seed in range(3):
-        run = subprocess.run([program, str(seed), "60"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr

@@ -7,16 +7,14 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
 from mitnet_fast import _C, ops, reference
 from mitnet_fast.specs import DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, Case, allowed_error, compare, relative_error
 from mitnet_fast.verify import poisoned_memory
+from tests.ops.memory import highest_held
 
 # Sizes that are cut into several tiles, up and down and side by side, also where a tile has one row or column
 # more than the others have, or is cut off; batches whose samples share a group of weight sums.
@@ -36,17 +34,6 @@ PREDICTORS = [
     {"features": 1, "bias": 2},
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-ROOT = Path(__file__).parent.parent.parent
-# those that this processor can run
-CAPABILITY_FLAGS = dict(
-    list(
-        {
-            "DEFAULT": [],
-            "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-            "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-        }.items()
-    )[: 1 + ["DEFAULT", "AVX2", "AVX512"].index(_C.cpu_capability())]
-)
 
 
 def cases():
@@ -202,17 +189,14 @@ def test_memory_is_a_tenth_of_eager(channels, side):
     gradient = torch.randn(shape)
     results = 4 * (gradient.numel() + sum(leaf.numel() for leaf in leaves))
 
-    def peak(backend):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            y = ops.predicted_dynamic_filter(*leaves, backend=backend)
-            kept = torch.autograd.grad(y, leaves, gradient)
+    def call(backend):
+        y = ops.predicted_dynamic_filter(*leaves, backend=backend)
+        kept = torch.autograd.grad(y, leaves, gradient)
         assert len(kept) == 4
-        held = highest = 0
-        changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(changes, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            highest = max(highest, held)
-        return highest - results
+        return kept
+
+    def peak(backend):
+        return highest_held(lambda: call(backend)) - results
 
     assert 0 < peak("cpp") <= peak("reference") / 10
 
@@ -345,22 +329,3 @@ def test_filters_of_more_than_2_to_the_31_elements():
     del filters
     _, big_filters = _C.dynamic_filter_backward(grad, x, big_x.expand(1, 49, side, side), False, False, True)
     assert torch.equal(big_filters[..., -corner:, -corner:], small_gf[inside])
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("capability", CAPABILITY_FLAGS)
-def test_sanitizers_find_nothing(tmp_path, capability):
-    """No access outside of what maps and workspace hold, nothing undefined, no element left unwritten."""
-    program = tmp_path / "sanitized"
-    source = Path(__file__).with_name("dynamic_filter_sanitized.cpp")
-    torch_folder = Path(torch.__file__).parent
-    command = [
-        *(get_cxx_compiler(), "-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
-        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *CAPABILITY_FLAGS[capability]),
-        *(f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())),
-        *(source, "-o", program, f"-L{torch_folder / 'lib'}", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"),
-    ]
-    subprocess.run(command, check=True)
-    for seed in range(3):
-        run = subprocess.run([program, str(seed), "100"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr

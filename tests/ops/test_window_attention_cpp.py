@@ -7,18 +7,15 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.cpp_extension import get_cxx_compiler, include_paths
 
 from mitnet_fast import _C, ops
 from mitnet_fast.reference.window_attention import padding
 from mitnet_fast.specs import WINDOW_ATTENTION, Case, allowed_error, compare, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
-from tests.ops.test_dynamic_filter_cpp import CAPABILITY_FLAGS, ROOT
+from tests.ops.memory import highest_held
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -217,17 +214,14 @@ def test_memory_is_a_tenth_of_eager():
     gradient = torch.randn(2, 24, 128, 128)
     results = 4 * (gradient.numel() + sum(leaf.numel() for leaf in leaves))
 
-    def peak(backend):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            y = ops.window_attention(*leaves, num_heads=2, shift=4, backend=backend)
-            kept = torch.autograd.grad(y, leaves, gradient)
+    def call(backend):
+        y = ops.window_attention(*leaves, num_heads=2, shift=4, backend=backend)
+        kept = torch.autograd.grad(y, leaves, gradient)
         assert len(kept) == 3
-        held = highest = 0
-        changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(changes, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            highest = max(highest, held)
-        return highest - results
+        return kept
+
+    def peak(backend):
+        return highest_held(lambda: call(backend)) - results
 
     assert 0 < peak("cpp") <= peak("reference") / 10
 
@@ -292,22 +286,3 @@ def test_offsets_beyond_32_bits(dim):
     assert torch.equal(_C.window_attention_forward(far[1], far[2], *options), expected)
     expected = _C.window_attention_backward(grad, qk, v, *options, True, True, True)
     assert same_bits(_C.window_attention_backward(*far, *options, True, True, True), expected)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("capability", CAPABILITY_FLAGS)
-def test_sanitizers_find_nothing(tmp_path, capability):
-    """No access outside of what maps and workspace hold, nothing undefined, no element left unwritten."""
-    program = tmp_path / "sanitized"
-    source = Path(__file__).with_name("window_attention_sanitized.cpp")
-    libraries = Path(torch.__file__).parent / "lib"
-    command = [
-        *(get_cxx_compiler(), "-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
-        *(f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *CAPABILITY_FLAGS[capability]),
-        *(f"-I{folder}" for folder in (ROOT / "csrc", *include_paths())),
-        *(source, "-o", program, f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"),
-    ]
-    subprocess.run(command, check=True)
-    for seed in range(3):
-        run = subprocess.run([program, str(seed), "60"], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
