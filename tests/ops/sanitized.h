@@ -1,6 +1,6 @@
 // What the programs share that run a family's CPU kernels for AddressSanitizer and
 // UndefinedBehaviorSanitizer: random choices, buffers that are exactly as large as they may be and hold NaN
-// where kernels write, and the loop over calls. Included after the family's kernels.
+// where kernels write, and the loop over calls.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "common/cpu_kernel.h"
+#include "common/parallel.h"
+#include "common/vectors_cpu.h"
 
 namespace mitnet_fast {
 
