@@ -139,6 +139,11 @@ class Run(Section):
     compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
         None, description="torch.compile backend for the dehazing network; null: not compiled"
     )
+    step: Literal["eager", "cuda_graph", "compile"] = Field(
+        "eager",
+        description="how a step runs: call by call; as one recorded CUDA graph; or call by call with networks and "
+        "losses compiled together (run.compile, or inductor). Where that is impossible, call by call, saying why",
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights; null: none")
     weights: LocalPath | None = Field(None, description="file of weights to start from; null: random weights")
     max_nonfinite: int = Field(20, ge=1, description="skipped non-finite steps in a row that end the run")

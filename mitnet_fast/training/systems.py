@@ -11,21 +11,23 @@ from __future__ import annotations
 import abc
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..data.images import to_float
 from ..losses.dcmpnet import DCMPNetLoss
 from ..losses.mitnet import MITNetLoss
+from ..losses.mutual_information import LATENT
 from ..models import DCMPNet, DepthNet, MITNet
 from ..weights import DepthSharingDCMPNet, load_weights
 from .config import ConfigError, Configuration, DCMPNetConfiguration, MITNetConfiguration, Schedule
 from .distributed import Processes
+from .step import CudaGraph, GraphedStep, Step, why_no_graph
 
 Batch = Mapping[str, torch.Tensor]
 ALONE = Processes()
@@ -50,6 +52,7 @@ class System(abc.ABC):
     Attributes:
         batch_names: what a batch must hold.
         skipped: number of steps skipped so far.
+        say: told once where steps cannot run as ``run.step`` asks, and why; warns by default.
     """
 
     batch_names: tuple[str, ...] = ("hazy", "clear")
@@ -72,14 +75,16 @@ class System(abc.ABC):
             _start_from(deployed, config)
         self.modules = nn.ModuleDict(modules).to(device, memory_format=self.memory_format).train()
         self.deployed = deployed
-        if config.run.compile is not None:
+        if config.run.compile is not None and config.run.step != "compile":
             self.modules["network"].compile(backend=config.run.compile, dynamic=False)
         self.parameters = {
             name: [p for module in names for p in self.modules[module].parameters() if p.requires_grad]
             for name, names in optimized.items()
         }
         self.optimizers = {
-            name: torch.optim.Adam(parameters, lr=config.optimizer.lr, betas=config.optimizer.betas)
+            name: torch.optim.Adam(
+                parameters, lr=config.optimizer.lr, betas=config.optimizer.betas, **self._optimizer_options
+            )
             for name, parameters in self.parameters.items()
         }
         self.schedulers = {
@@ -88,16 +93,31 @@ class System(abc.ABC):
         }
         self.average = None
         if config.run.ema is not None:
-            # running statistics are averaged as the weights are: they belong to each other
-            self.average = AveragedModel(deployed, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema), use_buffers=True)
-            self.average.requires_grad_(False).eval()
+            self.average = AveragedModel(deployed).requires_grad_(False).eval()
         self._statistics = [b for names in optimized.values() for name in names for b in self.modules[name].buffers()]
+        # what a step reads besides its batch: on the device, so that a recorded step follows the schedule
+        self._learning_rate = torch.zeros((), device=device)
+        self._average_share = torch.zeros((), device=device)
+        self._names: tuple[str, ...] = ()
+        self._losses = self.losses
+        self._run_step: Step | None = None
+        self.say: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=2)
         self.skipped = 0
         self.skipped_in_a_row = 0
 
     @abc.abstractmethod
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of a batch and their terms; "total" is what is minimised."""
+
     def backward(self, batch: Batch, scale: float) -> dict[str, torch.Tensor]:
         """Add ``scale`` times the gradients of the losses of a batch; returns the losses and their terms."""
+        terms = self._losses(batch)
+        (scale * terms["total"]).backward()
+        return terms
+
+    def draw(self, size: int) -> dict[str, torch.Tensor]:
+        """Random numbers that the losses of ``size`` samples need, by name, one row a sample."""
+        return {}
 
     @property
     def network(self) -> nn.Module:
@@ -126,10 +146,41 @@ class System(abc.ABC):
             ValueError: something is missing in the batch, or it cannot be cut so.
             TrainingDiverged: ``run.max_nonfinite`` steps in a row were skipped.
         """
+        inputs = self._inputs(batch)
+        if self._run_step is None:
+            self._run_step = self._as_asked(inputs)
+        self._learning_rate.fill_(self.learning_rate)
+        if self.average is not None:  # the first weights are taken as they are
+            self._average_share.fill_(1 - self.config.run.ema if self.average.n_averaged > 0 else 1.0)
+        results = self._run_step(inputs).tolist()  # waits for the device, once
+        values = dict(zip(self._names, results, strict=True))
+        if all(math.isfinite(value) for value in results):
+            self.skipped_in_a_row = 0
+            if self.average is not None:
+                self.average.n_averaged += 1
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.run.max_nonfinite:
+            raise TrainingDiverged(self._advice(values))
+        return values
+
+    def step(self, inputs: Batch) -> torch.Tensor:
+        """The device's part of a step: everything between a batch that is there and numbers to read back.
+
+        Nothing in it waits for the device or depends on numbers there, so it can be recorded: whether the
+        step is finite is decided where it is computed.
+
+        Args:
+            inputs: whole batch and what :meth:`draw` drew for it.
+
+        Returns:
+            Losses, terms and norms in the order of their names, [n] float32.
+        """
         before = [buffer.clone() for buffer in self._statistics]
         sums: dict[str, torch.Tensor] = {}
         parts = self.config.optimizer.accumulate
-        for part in self._parts(batch, parts):
+        for part in self._parts(inputs, parts):
             for name, value in self.backward(part, 1 / parts).items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / parts
         gradients = [p.grad for parameters in self.parameters.values() for p in parameters if p.grad is not None]
@@ -140,15 +191,14 @@ class System(abc.ABC):
             if self.config.optimizer.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm)
             sums["gradient_norm" if len(self.parameters) == 1 else f"{name}_gradient_norm"] = norm
-        values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # waits for the device once
-        if all(math.isfinite(value) for value in values.values()):
-            self._update()
-        else:
-            self._skip(before)
+        self._names = tuple(sums)
+        values = torch.stack(list(sums.values()))
+        finite = torch.isfinite(values).all()
+        for buffer, value in zip(self._statistics, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, value))
+        self._update(finite)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        if self.skipped_in_a_row >= self.config.run.max_nonfinite:
-            raise TrainingDiverged(self._advice(values))
         return values
 
     def end_epoch(self) -> None:
@@ -180,8 +230,11 @@ class System(abc.ABC):
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            saved = state["optimizers"][name]
+            groups = [group | self._optimizer_options for group in saved["param_groups"]]  # may be of another device
+            optimizer.load_state_dict({**saved, "param_groups": groups})
             self.schedulers[name].load_state_dict(state["schedulers"][name])
+        self._run_step = None  # a recorded step works on tensors that are no more
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.skipped = state["skipped"]
@@ -191,39 +244,82 @@ class System(abc.ABC):
         """The arithmetic of networks and losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
 
-    def _parts(self, batch: Batch, parts: int) -> Iterator[dict[str, torch.Tensor]]:
+    @property
+    def _optimizer_options(self) -> dict[str, Any]:
+        # fused: one that leaves everything as it is where told so on the device
+        return {"fused": True, "capturable": self.device.type == "cuda"}
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The batch on the device, and what is drawn for it."""
         missing = [name for name in self.batch_names if name not in batch]
         if missing:
             raise ValueError(f"batch: {', '.join(missing)} missing, it holds {', '.join(batch)}")
-        size = len(batch["hazy"])
+        size, parts = len(batch["hazy"]), self.config.optimizer.accumulate
         if size % parts:
             raise ValueError(f"batch: {size} images cannot be cut into optimizer.accumulate = {parts} equal parts")
-        for start in range(0, size, size // parts):
-            part = {
-                name: batch[name][start : start + size // parts].to(
-                    self.device, non_blocking=True, memory_format=self.memory_format
-                )
-                for name in self.batch_names
-            }
+        inputs = {
+            name: batch[name].to(self.device, non_blocking=True, memory_format=self.memory_format)
+            for name in self.batch_names
+        }
+        return inputs | self.draw(size)
+
+    def _parts(self, inputs: Batch, parts: int) -> Iterator[dict[str, torch.Tensor]]:
+        for chunks in zip(*(value.chunk(parts) for value in inputs.values()), strict=True):
             yield {
                 name: to_float(value).contiguous(memory_format=self.memory_format)
                 if value.dtype == torch.uint8
                 else value
-                for name, value in part.items()
+                for name, value in zip(inputs, chunks, strict=True)
             }
 
-    def _update(self) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.deployed)
-        self.skipped_in_a_row = 0
+    def _as_asked(self, inputs: Batch) -> Step:
+        """The step as ``run.step`` asks for it, or as near to it as this machine comes."""
+        kind = self.config.run.step
+        if kind == "cuda_graph":
+            reason = why_no_graph(self.device, self.processes)
+            if reason is None:
+                return GraphedStep(self.step, CudaGraph(), self.say)
+            self.say(f"run.step: cuda_graph is not possible here, steps run call by call: {reason}")
+        elif kind == "compile":
+            self._compile(inputs)
+        return self.step
 
-    def _skip(self, before: list[torch.Tensor]) -> None:
+    def _compile(self, inputs: Batch) -> None:
+        """Compile the losses with their networks, or leave them as they are where that fails."""
+        before = [buffer.clone() for buffer in self._statistics]
+        self._losses = torch.compile(self.losses, backend=self.config.run.compile or "inductor", dynamic=False)
+        try:
+            self.backward(next(self._parts(inputs, self.config.optimizer.accumulate)), 1.0)
+        except Exception as error:  # of the compiler: what is wrong with the batch is found again without it
+            self._losses = self.losses
+            self.say(f"run.step: compile fails, steps run uncompiled: {type(error).__name__}: {_first_line(error)}")
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(value)
-        self.skipped += 1
-        self.skipped_in_a_row += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _update(self, finite: torch.Tensor) -> None:
+        """Move weights and averages on where ``finite``, and leave them bit for bit as they are where not."""
+        for optimizer in self.optimizers.values():
+            optimizer.found_inf = 1 - finite.float()
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate
+            optimizer.step()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        if self.average is None:
+            return
+        # running statistics are averaged as the weights are: they belong to each other
+        pairs = list(zip(_weights(self.average.module), _weights(self.deployed), strict=True))
+        share = torch.where(finite, self._average_share, 0.0)
+        averages, values = ([pair[side] for pair in pairs if pair[side].is_floating_point()] for side in (0, 1))
+        torch._foreach_mul_(averages, 1 - share)
+        torch._foreach_add_(averages, torch._foreach_mul(values, share))
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
 
     def _advice(self, values: Mapping[str, float]) -> str:
         culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
@@ -263,13 +359,19 @@ class MITNetSystem(System):
             processes=processes,
         )
 
-    def backward(self, batch: Batch, scale: float) -> dict[str, torch.Tensor]:
-        """See :meth:`System.backward`."""
+    def draw(self, size: int) -> dict[str, torch.Tensor]:
+        """See :meth:`System.draw`; the regulariser's noise, [size, levels, 2, 4]."""
+        levels = len(self.loss.mutual_information)
+        return {"noise": torch.randn(size, levels, 2, LATENT, device=self.device)} if levels else {}
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """See :meth:`System.losses`."""
+        noise = None
+        if "noise" in batch:
+            noise = [level.unbind(1) for level in batch["noise"].unbind(1)]
         with self.autocast():
             output = self.deployed(batch["hazy"])
-            terms = self.loss(output, batch["hazy"], batch["clear"])
-        (scale * terms["total"]).backward()
-        return terms
+            return self.loss(output, batch["hazy"], batch["clear"], noise)
 
 
 class DCMPNetSystem(System):
@@ -308,8 +410,8 @@ class DCMPNetSystem(System):
         self.dehazing_network = network
         self.depth_network = modules.get("depth")
 
-    def backward(self, batch: Batch, scale: float) -> dict[str, torch.Tensor]:
-        """See :meth:`System.backward`; the networks see images in [-1, 1]."""
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """See :meth:`System.losses`; the networks see images in [-1, 1]."""
         hazy, clear = 2 * batch["hazy"] - 1, 2 * batch["clear"] - 1
         height, width = hazy.shape[2:]
         with self.autocast():
@@ -318,9 +420,7 @@ class DCMPNetSystem(System):
                 with torch.no_grad():
                     prior = self.depth_network(hazy)[..., :height, :width]
             restored = self.dehazing_network(hazy, prior).restored
-            terms = self.loss(restored, hazy, clear, self.depth_network, batch.get("depth"))
-        (scale * terms["total"]).backward()
-        return terms
+            return self.loss(restored, hazy, clear, self.depth_network, batch.get("depth"))
 
 
 def build_system(config: Configuration, device: torch.device, processes: Processes = ALONE) -> System:
@@ -345,3 +445,11 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, epochs: int
     if schedule.kind == "cosine":
         return CosineAnnealingLR(optimizer, epochs, eta_min=schedule.cosine_minimum)
     return ConstantLR(optimizer, factor=1.0)
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

@@ -71,6 +71,7 @@ FREE_FIELDS = (
     "data.workers",
     "loss.vgg_weights",
     "run.device",
+    "run.step",
     "run.weights",
     "run.max_nonfinite",
     "validation.",
@@ -237,6 +238,7 @@ class _Trainer:
         total = config.run.epochs * self.batches.steps
         self.display = Display(console, progress, steps=total, done=self.step, epochs=config.run.epochs)
         self.curves = Curves(self.folder / "tensorboard", config.output.tensorboard and self.processes.first, self.step)
+        self.system.say = self.display.say
         with self.display, self.curves:
             while self.epoch < config.run.epochs and not self._to_stop(max_steps):
                 self._train_epoch(max_steps)

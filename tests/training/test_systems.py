@@ -273,6 +273,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(name, broken):
 
 def test_a_gradient_that_is_not_finite_skips_the_step():
     system = system_of("mitnet")
+    system.training_step(BATCH)
     weight = next(system.deployed.parameters())
     weight.register_hook(lambda gradient: gradient * math.nan)
     before = numbers(system)
