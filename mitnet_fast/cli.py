@@ -68,7 +68,8 @@ def train(
     preset: Annotated[
         str | None,
         typer.Argument(
-            help="A preset (mitnet-its, dcmpnet-its, …) or a YAML file; with --resume also the run's folder, or none."
+            help="A preset (mitnet-its, dcmpnet-its, …) or a YAML file; with --resume also the run's folder, or none: "
+            "whatever is not given stays as the run has it."
         ),
     ] = None,
     run: Annotated[Path | None, typer.Option("--run", "-r", help="Folder of the run [runs/PRESET].")] = None,
@@ -87,7 +88,7 @@ def train(
     """Train MITNet or DCMPNet."""
     from rich.syntax import Syntax
 
-    from .training import PRESETS, load_config, to_yaml
+    from .training import PRESETS, load_changes, load_config, to_yaml
     from .training import train as run_training
 
     if checkpoint and not resume:
@@ -96,7 +97,9 @@ def train(
         if run is not None:
             raise typer.BadParameter(f"the run's folder is given twice, {preset} and {run}", param_hint="--run")
         preset, run = None, Path(preset)
-    if preset is None and (show or not resume):
+    if show and resume:
+        raise typer.BadParameter("a resumed run's configuration is in its config.yaml", param_hint="--show")
+    if preset is None and not resume:
         raise typer.BadParameter(
             f"expected a preset or a YAML file; presets are {', '.join(PRESETS)}", param_hint="PRESET"
         )
@@ -104,9 +107,7 @@ def train(
         raise typer.BadParameter("--resume without a preset needs the run's folder", param_hint="--run")
     # a JSON string is a YAML string, whatever is in it
     overrides = [*([f"data.root={json.dumps(str(data))}"] if data else []), *(override or [])]
-    if preset is None and overrides:
-        raise typer.BadParameter("overrides need the preset or YAML file they change", param_hint="PRESET")
-    config = load_config(preset, overrides) if preset else None
+    config = load_config(preset, overrides) if preset and not resume else None
     if show:
         text = to_yaml(config)
         if console.is_terminal:
@@ -116,7 +117,13 @@ def train(
         return
     folder = run or Path("runs") / Path(preset).stem
     result = run_training(
-        config, folder, resume=checkpoint or resume, overwrite=overwrite, max_steps=max_steps, console=console
+        config,
+        folder,
+        resume=checkpoint or resume,
+        changes=load_changes(preset, overrides) if resume else None,
+        overwrite=overwrite,
+        max_steps=max_steps,
+        console=console,
     )
     if not result.finished and max_steps is None:
         raise typer.Exit(130)

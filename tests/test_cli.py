@@ -62,7 +62,7 @@ def test_training_configuration_is_shown_whole():
         (["dehaze", "missing.png", "-w", "missing.pt", "-o", "out"], "missing.pt"),
         (["evaluate", "missing", "-w", "missing.pt"], "missing"),
         (["data", "check", "missing"], "missing"),
-        (["train", "--resume", "--show", "--run", "run"], "presets are"),
+        (["train", "--resume", "--show", "--run", "run"], "config.yaml"),
         (["train", "mitnet-its", "--checkpoint", "run/previous.pt"], "--resume"),
         (["verify", "--family", "filters"], "family: got 'filters'"),
         (["verify", "--backend", "gpu"], "backend: got 'gpu'"),
@@ -114,8 +114,8 @@ def started(monkeypatch):
     """What the training was started with, instead of starting it."""
     calls = []
 
-    def train(config, folder, *, resume, **options):
-        calls.append((config and config.preset, str(folder), resume and str(resume)))
+    def train(config, folder, *, resume, changes, **options):
+        calls.append((config and config.preset, str(folder), resume and str(resume), changes))
         return SimpleNamespace(finished=True)
 
     monkeypatch.setattr("mitnet_fast.training.train", train)
@@ -125,17 +125,19 @@ def started(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "call"),
     [
-        (["mitnet-its"], ("mitnet-its", "runs/mitnet-its", False)),
-        (["mitnet-its", "--resume"], ("mitnet-its", "runs/mitnet-its", "True")),
-        (["--resume", "--run", "kept"], (None, "kept", "True")),
-        (["--resume", "kept"], (None, "kept", "True")),
-        (["--resume", "kept", "--checkpoint", "kept/previous.pt"], (None, "kept", "kept/previous.pt")),
+        (["mitnet-its"], ("mitnet-its", "runs/mitnet-its", False, None)),
+        (["mitnet-its", "--resume"], (None, "runs/mitnet-its", "True", {"preset": "mitnet-its"})),
+        (["--resume", "--run", "kept"], (None, "kept", "True", {})),
+        (["--resume", "kept", "-s", "data.workers=2"], (None, "kept", "True", {"data": {"workers": 2}})),
+        (["--resume", "kept", "--checkpoint", "kept/previous.pt"], (None, "kept", "kept/previous.pt", {})),
+        (["own.yaml", "--resume"], (None, "runs/own", "True", {"system": "mitnet", "run": {"epochs": 9}})),
     ],
 )
 def test_what_a_run_is_resumed_from(words, call, started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept").mkdir()
     (tmp_path / "mitnet-its").mkdir()  # a preset's name stays a preset
+    (tmp_path / "own.yaml").write_text("{system: mitnet, run: {epochs: 9}}")
     answer = run("train", *words)
     assert answer.exit_code == 0, answer.output
     assert started == [call]

@@ -36,13 +36,18 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep_as: Path | None
 
     Raises:
         TypeError: something else in ``content``, with which it could not be read again.
+        OSError: a full disk or the like; the message says what is there now.
     """
     _check_plain(content, "content")
-    with atomic_write(path) as stream:
-        torch.save({"format": TRAINING_CHECKPOINT, "version": VERSION, **content}, stream)
-        if keep_as is not None and path.exists():
-            _keep(path, keep_as)
-    _sync_folder(path.parent)
+    try:
+        with atomic_write(path) as stream:
+            torch.save({"format": TRAINING_CHECKPOINT, "version": VERSION, **content}, stream)
+            if keep_as is not None and path.exists():
+                _keep(path, keep_as)
+        _sync_folder(path.parent)
+    except OSError as error:
+        left = "the one before is as it was" if path.exists() else "there was none before"
+        raise OSError(error.errno, f"{error.strerror}: {path} could not be written; {left}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

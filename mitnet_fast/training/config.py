@@ -285,9 +285,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     if name is not None:
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"preset: got {name!r}, allowed are {', '.join(PRESETS)}" + _similar(name, PRESETS))
-        values = _merge(PRESETS[name], values)
+        values = merge(PRESETS[name], values)
     for override in overrides:
-        values = _merge(values, parse_override(override))
+        values = merge(values, parse_override(override))
     system = values.get("system")
     if not isinstance(system, str) or system not in SYSTEMS:
         raise ConfigError(f"system: got {system!r}, allowed are {', '.join(SYSTEMS)}; or name a preset")
@@ -295,6 +295,24 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         return SYSTEMS[system].model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, SYSTEMS[system])) from None
+
+
+def load_changes(source: str | Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a preset's name or a YAML file states by itself, with overrides on top: changes to a saved configuration.
+
+    Args:
+        source: name of a preset, which states nothing but its name; path of a YAML file; or None.
+        overrides: as for :func:`load_config`.
+
+    Raises:
+        ConfigError: no such preset or file, or not YAML.
+    """
+    changes: dict[str, Any] = {}
+    if source is not None:
+        changes = {"preset": str(source)} if str(source) in PRESETS else _read_yaml(Path(source))
+    for override in overrides:
+        changes = merge(changes, parse_override(override))
+    return changes
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -321,6 +339,15 @@ def to_yaml(config: Configuration) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``, section by section."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one mapping from dotted names to values."""
     flat: dict[str, Any] = {}
@@ -345,15 +372,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections with fields, got {type(values).__name__}")
     return values
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _explain(error: ValidationError, model: type[Section]) -> str:

@@ -13,11 +13,14 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ..data.files import atomic_write
 from .config import ConfigError
 
 NOTABLE_WAIT = 0.05  # share of the time spent waiting for data from which on the progress bar says so
+BAR_WIDTH = 12
+TIME_WIDTH = 9  # of the time left, hours to hundreds
 
 
 class Means:
@@ -187,7 +190,7 @@ class Display:
     def __init__(self, console: Console, enabled: bool, *, steps: int, done: int, epochs: int) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=BAR_WIDTH),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -196,6 +199,7 @@ class Display:
             refresh_per_second=2,
         )
         self.epochs = epochs
+        self.steps = steps
         self.enabled = enabled
         self.task = self.progress.add_task("", total=steps, completed=done, numbers="")
 
@@ -209,16 +213,22 @@ class Display:
         self.progress.stop()
 
     def update(self, step: int, epoch: int, values: Mapping[str, float], clock: Clock, skipped: int) -> None:
-        """Show a step; ``epoch`` counts from 0."""
-        shown = [f"{name} {values[name]:.4g}" for name in ("total", "restored")]
-        shown.append(f"{clock.images_per_second:.3g} images/s")
+        """Show a step; ``epoch`` counts from 0. Numbers that the terminal has no room for are left out."""
+        description = f"epoch {epoch + 1}/{self.epochs}"
+        room = self.progress.console.width - len(f"{description}  {self.steps}/{self.steps}  ") - BAR_WIDTH - TIME_WIDTH
+        notes = {"total": f"total {values['total']:.4g}", "restored": f"restored {values['restored']:.4g}"}
+        notes["speed"] = f"{clock.images_per_second:.3g} images/s"
         if clock.data_wait > NOTABLE_WAIT:
-            shown.append(f"[yellow]{clock.data_wait:.0%} waiting for data[/]")
+            notes["wait"] = f"[yellow]{clock.data_wait:.0%} waiting for data[/]"
         if skipped:
-            shown.append(f"[yellow]{skipped} skipped[/]")
-        self.progress.update(
-            self.task, completed=step, description=f"epoch {epoch + 1}/{self.epochs}", numbers=" · ".join(shown)
-        )
+            notes["skipped"] = f"[yellow]{skipped} skipped[/]"
+        fits: set[str] = set()
+        for name in ("total", "skipped", "wait", "speed", "restored"):  # what matters most comes first
+            length = Text.from_markup(" · ".join(notes[note] for note in (*fits, name) if note in notes)).cell_len
+            if name in notes and length <= room:
+                fits.add(name)
+        numbers = " · ".join(text for name, text in notes.items() if name in fits)
+        self.progress.update(self.task, completed=step, description=description, numbers=numbers)
 
     def say(self, text: str) -> None:
         """Write a line above the bar."""

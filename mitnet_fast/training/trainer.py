@@ -43,7 +43,7 @@ from ..data.paired import PairedImages
 from ..evaluation import PROTOCOLS, score
 from ..weights import describe, save_weights, versions
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from .config import ConfigError, Configuration, flatten, load_config, to_yaml
+from .config import ConfigError, Configuration, flatten, load_config, merge, to_yaml
 from .distributed import Processes, join
 from .logs import Clock, CsvLog, Curves, Display, Means, check_tensorboard
 from .sampler import EpochBatches
@@ -65,7 +65,6 @@ OWN_FILES = (
 
 # what a resumed run may change, because the result does not depend on it or is meant to go on
 FREE_FIELDS = (
-    "preset",
     "data.root",
     "data.validation_root",
     "data.workers",
@@ -119,6 +118,7 @@ def train(
     run_dir: str | PathLike[str],
     *,
     resume: bool | str | PathLike[str] = False,
+    changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     datasets: tuple[Dataset, Dataset | None] | None = None,
     max_steps: int | None = None,
@@ -138,6 +138,8 @@ def train(
             the checkpoint only where the result does not depend on it.
         run_dir: folder of the run; made if it is missing.
         resume: True: from ``last.pt`` in ``run_dir``; a path: from that checkpoint.
+        changes: with ``resume`` and without ``config``: the sections and fields that are to differ from
+            the checkpoint's configuration, see :func:`~mitnet_fast.training.load_changes`.
         overwrite: delete the run that ``run_dir`` holds. Other files there are left alone.
         datasets: what to train and to validate on instead of the folders in ``config``. Items are
             mappings with ``hazy`` and ``clear`` [3, H, W] in [0, 1], and ``depth`` [1, H, W] where
@@ -157,7 +159,7 @@ def train(
         ValueError: the data do not fit; see :class:`~mitnet_fast.data.paired.PairedImages`.
     """
     processes = join()
-    trainer = _Trainer(config, Path(run_dir), resume, overwrite, datasets, card, processes)
+    trainer = _Trainer(config, Path(run_dir), resume, changes or {}, overwrite, datasets, card, processes)
     with _StopRequest(patient=processes.size > 1) as stop:
         return trainer.run(stop, max_steps, progress and processes.first, console or Console())
 
@@ -170,6 +172,7 @@ class _Trainer:
         config: Configuration | None,
         folder: Path,
         resume: bool | str | PathLike[str],
+        changes: Mapping[str, Any],
         overwrite: bool,
         datasets: tuple[Dataset, Dataset | None] | None,
         card: Mapping[str, Any] | None,
@@ -178,7 +181,7 @@ class _Trainer:
         self.folder = folder
         self.processes = processes
         checkpoint = _checkpoint_to_resume(folder, resume, overwrite)
-        self.config = config = _resumed_config(config, checkpoint)
+        self.config = config = _resumed_config(config, changes, checkpoint)
         self.device = _device(config.run.device, processes)
         if config.validation.every and config.validation.protocol not in PROTOCOLS:
             raise ConfigError(
@@ -227,8 +230,10 @@ class _Trainer:
             self._prepare_folder(overwrite)
         if checkpoint is None:
             self._save()
-        else:
+        elif resume is True:
             self._save_weights("last")  # a kill may have come between the state and its weights
+        else:
+            self._save(keep=False)  # what stood there is damaged or not wanted; previous.pt is better
 
     def run(self, stop: _StopRequest, max_steps: int | None, progress: bool, console: Console) -> TrainingResult:
         """Train until the end, ``max_steps`` or a stop."""
@@ -249,6 +254,8 @@ class _Trainer:
                 if self.saved != (self.epoch, self.step_in_epoch):
                     self._save()
                 self.display.say(f"stopped after step {self.step} of {total}; to go on, {self.how_to_resume}")
+            if self.clock.images:
+                self.display.say(self._account())
         self.processes.wait()  # until the files are there
         best_weights = self.folder / "best.safetensors"
         return TrainingResult(
@@ -264,6 +271,14 @@ class _Trainer:
             weights=self.folder / "last.safetensors",
             best_weights=None if self.best is None else best_weights,
         )
+
+    def _account(self) -> str:
+        """This start in one line."""
+        parts = [f"{self.step} steps, {self.clock.images_per_second:.3g} images/s"]
+        parts.append(f"{self.clock.data_wait:.0%} of the time waiting for data")
+        if self.system.skipped:
+            parts.append(f"{self.system.skipped} steps skipped because they were not finite")
+        return f"{', '.join(parts)}; weights: {self.folder / 'last.safetensors'}"
 
     def _to_stop(self, max_steps: int | None) -> bool:
         return self.stopping or (max_steps is not None and self.step >= max_steps)
@@ -382,14 +397,19 @@ class _Trainer:
             self.log.write(row)
             self.curves.write("train", row)
 
-    def _save(self, name: str = "last") -> None:
-        """Write the state, and the weights with their card where they are the last or the best."""
+    def _save(self, name: str = "last", keep: bool = True) -> None:
+        """Write the state, and the weights with their card where they are the last or the best.
+
+        Args:
+            name: of the files.
+            keep: the last state becomes the previous one.
+        """
         random_states = self.processes.gather(random_state(self.device))
         if name == "last":
             self.saved = (self.epoch, self.step_in_epoch)
         if not self.processes.first:
             return
-        previous = self.folder / "previous.pt" if name == "last" else None
+        previous = self.folder / "previous.pt" if name == "last" and keep else None
         save_checkpoint(self.folder / f"{name}.pt", self._state(random_states), keep_as=previous)
         if name in ("last", "best"):
             self._save_weights(name)
@@ -524,8 +544,10 @@ def _checkpoint_to_resume(folder: Path, resume: bool | str | PathLike[str], over
             )
         return None
     if resume is True:
-        if not (folder / "last.pt").is_file() and not any(folder.glob("*.pt")):
-            raise RunFolderError(f"{folder}: there is no run to resume (no checkpoint)")
+        if not any(folder.glob("*.pt")):
+            killed = "; it was stopped before its first one: start it again and overwrite it"
+            why = "no checkpoint" + (killed if (folder / "config.yaml").is_file() else "")
+            raise RunFolderError(f"{folder}: there is no run to resume ({why})")
         return load_checkpoint(folder / "last.pt")
     path = Path(resume)
     if occupied and path.resolve().parent != folder.resolve():
@@ -533,14 +555,18 @@ def _checkpoint_to_resume(folder: Path, resume: bool | str | PathLike[str], over
     return load_checkpoint(path)
 
 
-def _resumed_config(config: Configuration | None, checkpoint: Mapping[str, Any] | None) -> Configuration:
+def _resumed_config(
+    config: Configuration | None, changes: Mapping[str, Any], checkpoint: Mapping[str, Any] | None
+) -> Configuration:
+    if changes and (checkpoint is None or config is not None):
+        raise ConfigError("changes: they are made to the configuration of a resumed run, without a config beside them")
     if checkpoint is None:
         if config is None:
             raise ConfigError("config: only a resumed run can do without")
         return config
     before = load_config(checkpoint["config"])
     if config is None:
-        return before
+        config = load_config(merge(checkpoint["config"], changes))
     old, new = (flatten(values.model_dump(mode="json")) for values in (before, config))
     free = list(FREE_FIELDS)
     if before.schedule.kind != "cosine":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mitnet_fast.training import PRESETS, ConfigError, load_config, to_yaml
+from mitnet_fast.training import PRESETS, ConfigError, load_changes, load_config, to_yaml
 from mitnet_fast.training.config import flatten, parse_override
 
 PUBLISHED = {
@@ -150,3 +150,13 @@ def test_files_that_are_no_configuration(text, parts, tmp_path):
         load_config(file)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_changes_are_what_is_stated_and_nothing_else(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("{preset: mitnet-its, run: {epochs: 3, seed: 4}}")
+    assert load_changes(None) == {}
+    assert load_changes("mitnet-its") == {"preset": "mitnet-its"}
+    assert load_changes(file, ["run.seed=5"]) == {"preset": "mitnet-its", "run": {"epochs": 3, "seed": 5}}
+    with pytest.raises(ConfigError, match="neither a preset nor a YAML file"):
+        load_changes(tmp_path / "missing.yaml")

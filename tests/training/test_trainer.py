@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from rich.console import Console
 from mitnet_fast.data import write_image
 from mitnet_fast.evaluation import Score
 from mitnet_fast.models import CheckpointError
-from mitnet_fast.training import ConfigError, RunFolderError, TrainingDiverged, load_checkpoint, trainer
+from mitnet_fast.training import ConfigError, RunFolderError, TrainingDiverged, load_changes, load_checkpoint, trainer
+from mitnet_fast.training.logs import Clock, Display
 from mitnet_fast.training.trainer import train
 from mitnet_fast.weights import load_weights, read_card
 
@@ -203,48 +203,6 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(small_config("mitnet"), tmp_path, Samples(8, on_item=interrupt))
     assert load_checkpoint(tmp_path / "last.pt")["position"]["step"] == 0
-
-
-KILLED = """
-import sys, torch
-from tests.training.samples import Samples, small_config
-from tests.training.test_trainer import EVERYTHING
-from mitnet_fast.training import train
-torch.set_num_threads(1)
-config = small_config("mitnet", *EVERYTHING["mitnet"], "output.checkpoint_every=1")
-resume = sys.argv[2] == "resume"
-datasets = (Samples(8), Samples(2, side=24))
-train(config, sys.argv[1], datasets=datasets, progress=False, resume=resume, overwrite=not resume)
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_process_goes_on_as_if_it_had_not_been_killed(seed, uninterrupted, tmp_path):
-    delays = random.Random(seed)
-    folder = tmp_path / "run"
-    for attempt in range(40):
-        how = "resume" if (folder / "last.pt").exists() else "begin"
-        command = [sys.executable, "-c", KILLED, str(folder), how]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
-        log, started = folder / "versions.json", time.monotonic()
-        starts = len(json.loads(log.read_text())) if log.exists() else 0
-        while process.poll() is None and time.monotonic() < started + 120:  # the start itself takes the longest
-            if log.exists() and len(json.loads(log.read_text())) > starts:
-                break
-            time.sleep(0.01)
-        if attempt < 6:
-            time.sleep(delays.uniform(0, 0.6))
-            process.kill()
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode in (0, -signal.SIGKILL), errors
-        if process.returncode == 0:
-            break
-    assert attempt > 0
-    expected, actual = load_checkpoint(uninterrupted["mitnet"] / "last.pt"), load_checkpoint(folder / "last.pt")
-    assert differences(actual, expected) == ["/config/output/checkpoint_every"]
-    for name in ("log.csv", "validation.csv"):
-        assert rows(folder, name) == rows(uninterrupted["mitnet"], name)
 
 
 SCRIPT = """
@@ -435,6 +393,37 @@ def test_the_progress_bar_shows_losses_speed_and_what_waits(tmp_path):
         assert part in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_progress_bar_fits_the_terminal(width):
+    console = Console(record=True, force_terminal=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
+    clock = Clock()
+    clock.add(images=8, seconds=2.0, waited=0.5)
+    with Display(console, True, steps=1_748_000, done=0, epochs=1000) as display:
+        display.update(1_234_567, 999, {"total": 0.123456, "restored": 0.0123456}, clock, skipped=12)
+    text = console.export_text()
+    assert "epoch 1000/1000" in text
+    assert "1234567/1748000" in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    shown = [part in text for part in ("total 0.1235", "12 skipped", "25% waiting for data", "4 images/s", "restored")]
+    assert shown == {60: [False] * 5, 80: [True, True, False, False, False], 120: [True] * 4 + [False]}[width]
+
+
+def test_a_run_ends_with_its_account(tmp_path):
+    class Broken(Samples):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {**item, "hazy": item["hazy"] * math.nan} if index == 5 else item
+
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    config = small_config("mitnet", "run.epochs=1", "validation.every=0")
+    train(config, tmp_path, datasets=(Broken(8), None), console=console)
+    text = console.export_text()
+    for part in ("4 steps, ", " images/s, ", "% of the time waiting for data", str(tmp_path / "last.safetensors")):
+        assert part in text
+    assert "1 steps skipped because they were not finite" in text
+
+
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path):
     config = small_config("mitnet", "validation.every=0", "run.seed=1")
     run(config, tmp_path, max_steps=1)
@@ -623,6 +612,26 @@ def test_training_images_are_never_scored_unnoticed(images, tmp_path):
             train(config, tmp_path / "run", progress=False)
     config = small_config("mitnet", f"data.root={flat}", f"data.validation_root={images}", "run.epochs=1")
     assert train(config, tmp_path / "run", progress=False).scores["images"] == 1
+
+
+def test_a_resumed_run_needs_nothing_typed_again(images, tmp_path):
+    flat = images / "train"
+    overrides = (f"data.root={flat}", f"data.validation_root={images}", "run.epochs=2")
+    train(small_config("mitnet", *overrides), tmp_path / "run", progress=False, max_steps=1)
+    changes = load_changes("mitnet-its", ["data.workers=1"])
+    result = train(None, tmp_path / "run", resume=True, changes=changes, progress=False)
+    assert (result.finished, result.scores["images"]) == (True, 1)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert (saved["workers"], saved["root"], saved["validation_root"]) == (1, str(flat), str(images))
+    for changes, message in (
+        ({"preset": "dcmpnet-its"}, "preset: 'mitnet-its' in the checkpoint, 'dcmpnet-its' now"),
+        ({"optimizer": {"lr": 1.0}}, r"optimizer\.lr: 0.0002 in the checkpoint, 1.0 now"),
+        ({"optimizer": {"rate": 1.0}}, r"optimizer\.rate: no such field"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(None, tmp_path / "run", resume=True, changes=changes, progress=False)
+    with pytest.raises(ConfigError, match="changes: they are made to the configuration of a resumed run"):
+        train(small_config("mitnet"), tmp_path / "other", changes={"run": {"epochs": 3}}, progress=False)
 
 
 def test_curves_are_written_for_tensorboard(tmp_path, monkeypatch):

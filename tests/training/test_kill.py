@@ -1,0 +1,117 @@
+"""Runs that are killed at any moment, while they write a checkpoint too, end as if they had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mitnet_fast.models import CheckpointError
+from mitnet_fast.training import load_checkpoint
+from mitnet_fast.training.trainer import train
+
+from .processes import start, train_on_a_full_disk, train_small
+from .samples import Samples, small_config
+from .test_trainer import differences, rows
+
+# everything that has a state is switched on, and a checkpoint is written at every step
+EVERYTHING = {
+    "mitnet": ("schedule.halve_every=1", "run.ema=0.9", "optimizer.clip=1", "optimizer.accumulate=2"),
+    "dcmpnet": ("run.ema=0.9", "run.precision=bfloat16", "data.workers=1"),
+}
+EACH_STEP = "output.checkpoint_every=1"
+
+
+def kill(folder: Path, system: str, overrides: tuple[str, ...], seconds: float, while_writing: bool) -> bool:
+    """Start or resume a run and kill it after a time, or while it next writes; whether a file was half written."""
+    process = start(train_small, folder, system, overrides, True)
+    begin, log = time.monotonic(), folder / "versions.json"
+    starts = log.stat().st_mtime_ns if log.exists() else 0
+    while process.is_alive() and not (log.exists() and log.stat().st_mtime_ns > starts):
+        assert time.monotonic() < begin + 120
+        time.sleep(0.001)
+    time.sleep(seconds)
+    while while_writing and process.is_alive() and not any(name.endswith(".tmp") for name in os.listdir(folder)):
+        pass
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (folder.parent / f"{folder.name}.stderr").read_text()
+    return any(name.endswith(".tmp") for name in os.listdir(folder))
+
+
+def killed_again_and_again(system: str, epochs: int, kills: int, folder: Path, seed: int) -> None:
+    moments = random.Random(seed)
+    overrides = (*EVERYTHING[system], f"run.epochs={epochs}", "output.log_every=3")
+    train_small(folder / "whole", system, overrides)
+    half_written = 0
+    for number in range(kills):
+        half_written += kill(
+            folder / "killed", system, (*overrides, EACH_STEP), moments.uniform(0, 0.15), number % 2 == 0
+        )
+        if (folder / "killed" / "last.pt").exists():
+            position = load_checkpoint(folder / "killed" / "last.pt")["position"]
+            assert position["step"] == 4 * position["epoch"] + position["step_in_epoch"]
+    assert half_written >= kills // 4
+    process = start(train_small, folder / "killed", system, (*overrides, EACH_STEP))
+    process.join()
+    assert process.exitcode == 0, (folder / "killed.stderr").read_text()
+    actual, expected = (load_checkpoint(folder / name / "last.pt") for name in ("killed", "whole"))
+    assert actual["position"]["epoch"] == epochs
+    assert differences(actual, expected) == ["/config/output/checkpoint_every"]
+    best, expected_best = (load_checkpoint(folder / name / "best.pt") for name in ("killed", "whole"))
+    assert differences(best, expected_best) == ["/config/output/checkpoint_every"]
+    for name in ("log.csv", "validation.csv"):
+        assert rows(folder / "killed", name) == rows(folder / "whole", name)
+    assert (folder / "killed" / "last.safetensors").read_bytes() == (folder / "whole" / "last.safetensors").read_bytes()
+    assert not list((folder / "killed").glob(".*.tmp"))
+
+
+def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
+    killed_again_and_again("mitnet", 4, 3, tmp_path, seed=0)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("system", EVERYTHING)
+def test_a_run_that_is_killed_24_times_ends_as_if_it_had_not_been(system, tmp_path):
+    killed_again_and_again(system, 24, 24, tmp_path, seed=1)
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(tmp_path):
+    config = small_config("mitnet", "run.epochs=2", "output.checkpoint_every=1", "validation.every=0")
+    datasets = (Samples(8), None)
+    train(config, tmp_path / "whole", datasets=datasets, progress=False)
+    folder = tmp_path / "run"
+    train(config, folder, datasets=datasets, progress=False, max_steps=3)
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"last\.pt: cut off .*; the newest good .*previous\.pt \(step 2\)"):
+        train(None, folder, datasets=datasets, progress=False, resume=True)
+    good = previous.read_bytes()
+    train(None, folder, datasets=datasets, progress=False, resume=previous, max_steps=2)
+    assert load_checkpoint(last)["position"]["step"] == 2
+    assert previous.read_bytes() == good  # never replaced by the damaged one
+    train(None, folder, datasets=datasets, progress=False, resume=True)
+    assert differences(load_checkpoint(last), load_checkpoint(tmp_path / "whole" / "last.pt")) == []
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+    overrides = ("run.epochs=2", "validation.every=0")
+    train_small(tmp_path / "whole", "mitnet", overrides)
+    folder = tmp_path / "run"
+    config = small_config("mitnet", *overrides, EACH_STEP)
+    train(config, folder, datasets=(Samples(8), None), progress=False, max_steps=3)
+    before = {file: (folder / file).read_bytes() for file in ("last.pt", "previous.pt")}
+    process = start(train_on_a_full_disk, folder, "mitnet", (*overrides, EACH_STEP))
+    process.join()
+    errors = (tmp_path / "run.stderr").read_text()
+    assert process.exitcode == 1
+    assert "last.pt could not be written; the one before is as it was" in errors or "File too large" in errors
+    assert {file: (folder / file).read_bytes() for file in before} == before
+    assert not list(folder.glob(".*.tmp"))
+    train_small(folder, "mitnet", (*overrides, EACH_STEP))
+    differing = differences(load_checkpoint(folder / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))
+    assert differing == ["/config/output/checkpoint_every"]
