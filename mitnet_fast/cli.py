@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -296,15 +297,26 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the encoding does not know is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
-    except KeyboardInterrupt:
-        console.print("stopped")
+    except SystemExit as end:
+        if not _interrupted(end):
+            raise
+        Console(stderr=True).print("stopped")
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         message = Text.assemble(("error:", "bold red"), " ", str(error) or type(error).__name__)
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and done
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether an exception comes from Ctrl-C, of which typer makes an exit code."""
+    before = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt) or (before is not None and _interrupted(before))
 
 
 def _line(text: str, style: str = "") -> None:

@@ -36,8 +36,9 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
         depth: folder of depth maps of the clear images, or None.
         seed: of the windows and orientations, ≥ 0.
         repeat: how often each pair comes in an epoch, each time with a window of its own.
-        uint8: give "hazy" and "clear" as the uint8 samples of 8-bit files, a quarter of the bytes to copy to the
-            device; `to_float` scales them there.
+        on_device: leave to the device what it does faster, with less to copy there: "hazy" and "clear" are the uint8
+            samples of 8-bit files, for `to_float`, and windows are not turned, but come with "orientation" [3], for
+            `turn`.
 
     Raises:
         ValueError: an argument outside what is allowed.
@@ -56,7 +57,7 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
         depth: str | PathLike[str] | None = None,
         seed: int = 0,
         repeat: int = 1,
-        uint8: bool = False,
+        on_device: bool = False,
     ) -> None:
         if augment is not None and augment not in AUGMENTATIONS:
             raise ValueError(f"augment: expected one of {', '.join(AUGMENTATIONS)} or None, got {augment!r}")
@@ -85,7 +86,7 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
         self.augment = augment
         self.seed = seed
         self.repeat = repeat
-        self.uint8 = uint8
+        self.on_device = on_device
         # Shared with the workers, so that those that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -129,21 +130,21 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
         if self._depth is not None:
             images["depth"] = _cut(read_depth(self._depth[index % len(self.pairs)]), margin)
         geometry = self.geometry(index, height, width)
+        if self.on_device:
+            if geometry is not None:
+                images = {key: geometry.window(image) for key, image in images.items()}
+                images["orientation"] = torch.tensor(geometry.orientation)
+            return {**{key: image.contiguous() for key, image in images.items()}, "name": pair.hazy}
         if geometry is not None:
             images = {key: geometry.apply(image) for key, image in images.items()}
         scaled = {
-            key: to_float(image) if image.dtype == torch.uint8 and not self.uint8 else image.contiguous()
-            for key, image in images.items()
+            key: to_float(image) if image.dtype == torch.uint8 else image.contiguous() for key, image in images.items()
         }
         return {**scaled, "name": pair.hazy}
 
     def _decode(self, path: str) -> torch.Tensor:
         samples = torch.from_numpy(read_pixels(self.root / path).rgb).permute(2, 0, 1)
-        if samples.dtype == torch.uint8:
-            return samples
-        if self.uint8:
-            raise DataError(f"{self.root / path}: a 16-bit image does not fit uint8=True")
-        return to_float(samples)
+        return samples if samples.dtype == torch.uint8 else to_float(samples)
 
     def _pair(self, index: int) -> Pair:
         if not 0 <= index < len(self):

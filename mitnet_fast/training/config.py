@@ -90,8 +90,7 @@ class Data(Section):
     batch: int = Field(8, ge=1, description="patches per optimizer step")
     repeat: int = Field(1, ge=1, description="how often an epoch visits each image")
     augment: Literal["mitnet", "dcmpnet", "none"] = Field("mitnet", description="the release's crops, flips, rotations")
-    uint8: bool = Field(False, description="copy 8-bit samples to the device and scale them there")
-    workers: int = Field(4, ge=0, description="processes that decode and augment; 0: the training process itself")
+    workers: int = Field(4, ge=0, description="processes that decode and cut windows; 0: the training process itself")
 
 
 class DCMPNetData(Data):

@@ -35,7 +35,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..data.files import atomic_write
 from ..data.layouts import DataError
@@ -45,6 +45,7 @@ from ..weights import describe, save_weights, versions
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import ConfigError, Configuration, flatten, load_config, merge, to_yaml
 from .distributed import Processes, join
+from .loader import batches
 from .logs import Clock, CsvLog, Curves, Display, Means, check_tensorboard
 from .sampler import EpochBatches
 from .systems import TrainingDiverged, build_system
@@ -245,10 +246,16 @@ class _Trainer:
         self.curves = Curves(self.folder / "tensorboard", config.output.tensorboard and self.processes.first, self.step)
         self.system.say = self.display.say
         with self.display, self.curves:
-            while self.epoch < config.run.epochs and not self._to_stop(max_steps):
-                self._train_epoch(max_steps)
-                if self.step_in_epoch == self.batches.steps and not self.stopping:
-                    self._end_epoch()
+            try:
+                while self.epoch < config.run.epochs and not self._to_stop(max_steps):
+                    self._train_epoch(max_steps)
+                    if self.step_in_epoch == self.batches.steps and not self.stopping:
+                        self._end_epoch()
+            except DataError as error:
+                raise DataError(f"{error}\n{self._saved_for_later()}") from error
+            except KeyboardInterrupt:
+                self.display.say(f"stopped at once, in the step after {self.step}; {self._saved_before()}")
+                raise
             finished = self.epoch == config.run.epochs
             if not finished:
                 if self.saved != (self.epoch, self.step_in_epoch):
@@ -271,6 +278,15 @@ class _Trainer:
             weights=self.folder / "last.safetensors",
             best_weights=None if self.best is None else best_weights,
         )
+
+    def _saved_for_later(self) -> str:
+        """Save the state where this process can do so alone, and say from which step the run will go on."""
+        if self.processes.size == 1 and self.saved != (self.epoch, self.step_in_epoch):
+            self._save()
+        return self._saved_before()
+
+    def _saved_before(self) -> str:
+        return f"the run is saved as it was after step {self.saved_step}; to go on, {self.how_to_resume}"
 
     def _account(self) -> str:
         """This start in one line."""
@@ -318,19 +334,11 @@ class _Trainer:
         if hasattr(self.train_set, "set_epoch"):
             self.train_set.set_epoch(self.epoch)
         self.batches.set_position(self.epoch, self.step_in_epoch)
-        loader = self._loader(self.train_set, batch_sampler=self.batches)
-        return iter(loader)
+        return self._load_items(self.train_set, batch_sampler=self.batches)
 
-    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
-        # a generator of its own: a loader without one draws from the global generator, once more after a resume
-        return DataLoader(
-            dataset,
-            num_workers=self.config.data.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupt,
-            generator=torch.Generator().manual_seed(self.config.run.seed + self.epoch),
-            **arguments,
-        )
+    def _load_items(self, dataset: Dataset, **arguments: Any) -> Iterator[dict[str, Any]]:
+        seed = self.config.run.seed + self.epoch
+        return batches(dataset, self.device, workers=self.config.data.workers, seed=seed, **arguments)
 
     def _end_epoch(self) -> None:
         """Validate where it is due, move the schedule on, and write the state of the next epoch's beginning."""
@@ -371,7 +379,7 @@ class _Trainer:
         images = min(len(self.validation_set), self.config.validation.images or len(self.validation_set))
         mine = range(self.processes.rank, images, self.processes.size)
         psnr, ssim = [], []
-        for item in self._loader(self.validation_set, batch_size=None, sampler=mine):
+        for item in self._load_items(self.validation_set, batch_size=None, sampler=mine):
             if self.stop.requested:
                 break
             restored = self.system.restore(protocol.cut(item["hazy"])[None])[0].cpu()
@@ -407,6 +415,7 @@ class _Trainer:
         random_states = self.processes.gather(random_state(self.device))
         if name == "last":
             self.saved = (self.epoch, self.step_in_epoch)
+            self.saved_step = self.step
         if not self.processes.first:
             return
         previous = self.folder / "previous.pt" if name == "last" and keep else None
@@ -472,6 +481,7 @@ class _Trainer:
         self.scores = checkpoint["scores"]
         self.best = checkpoint["best"]
         self.saved = (self.epoch, self.step_in_epoch)
+        self.saved_step = self.step
         if self.processes.rank < len(checkpoint["random"]):
             set_random_state(checkpoint["random"][self.processes.rank], self.device)
 
@@ -614,7 +624,7 @@ def _open_datasets(config: Configuration) -> tuple[Dataset, Dataset | None]:
         depth=None if depth == "none" else depth,
         seed=config.run.seed,
         repeat=data.repeat,
-        uint8=data.uint8,
+        on_device=True,
     )
     if not config.validation.every:
         return train_set, None
@@ -654,9 +664,3 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Let the training process alone answer Ctrl-C: a worker that dies would end the step in hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mitnet_fast.data import DataError, PairedImages, write_card, write_image
+from mitnet_fast.data import DataError, PairedImages, to_float, write_card, write_image
+from mitnet_fast.data.transforms import turn
 
 HEIGHT, WIDTH = 24, 30
 
@@ -80,13 +81,21 @@ class TestWholeImages:
         assert item["depth"].shape == (1, 460, 620)
         assert (item["depth"][0] - item["clear"][0]).abs().max() < 1e-6
 
-    def test_uint8(self, root: Path) -> None:
-        item = PairedImages(root, "train", patch=8, augment="mitnet", uint8=True)[2]
-        scaled = PairedImages(root, "train", patch=8, augment="mitnet")[2]
-        assert item["hazy"].dtype == item["clear"].dtype == torch.uint8
-        assert item["hazy"].is_contiguous()
-        assert torch.equal(item["hazy"] / 255, scaled["hazy"])
-        assert torch.equal(item["clear"] / 255, scaled["clear"])
+    @pytest.mark.parametrize("augment", ["mitnet", "dcmpnet"])
+    def test_what_is_left_to_the_device(self, root: Path, augment: str) -> None:
+        arguments = {"patch": 8, "augment": augment, "depth": root.parent / "depth", "repeat": 4}
+        raw, done = (PairedImages(root, "train", on_device=on_device, **arguments) for on_device in (True, False))
+        orientations = set()
+        for index in range(len(raw)):
+            item, expected = raw[index], done[index]
+            assert item["hazy"].dtype == item["clear"].dtype == torch.uint8
+            assert item["hazy"].is_contiguous()
+            orientation = item["orientation"][None]
+            orientations.add(tuple(orientation[0].tolist()))
+            for name in ("hazy", "clear"):
+                assert torch.equal(to_float(turn(item[name][None], orientation))[0], expected[name])
+            assert torch.equal(turn(item["depth"][None], orientation)[0], expected["depth"])
+        assert len(orientations) > 3
 
     def test_16_bit_pairs(self, root: Path) -> None:
         values = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -94,8 +103,8 @@ class TestWholeImages:
         window = PairedImages(root, "train", patch=24, augment="dcmpnet")
         geometry = window.geometry(0, HEIGHT, WIDTH)
         assert (window[0]["hazy"] - geometry.apply(values)).abs().max() < 1e-5
-        with pytest.raises(DataError, match=r"train/hazy/0\.png: a 16-bit image does not fit uint8=True"):
-            PairedImages(root, "train", uint8=True)[0]
+        raw = PairedImages(root, "train", patch=24, augment="dcmpnet", on_device=True)[0]
+        assert torch.equal(turn(raw["hazy"][None], raw["orientation"][None])[0], window[0]["hazy"])
 
     def test_index_outside(self, root: Path) -> None:
         dataset = PairedImages(root, "train")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mitnet_fast.data.transforms import Geometry, centre, draw_dcmpnet, draw_mitnet
+from mitnet_fast.data.transforms import Geometry, centre, draw_dcmpnet, draw_mitnet, turn
 
 IMAGE = torch.arange(2 * 6 * 7).view(2, 6, 7)
 DRAWS = 4000
@@ -34,6 +34,17 @@ def test_geometry(geometry: Geometry, expected: list[list[int]]) -> None:
     window = geometry.apply(IMAGE)
     assert window[0].tolist() == expected
     assert torch.equal(window[1], window[0] + 42)
+
+
+def test_a_batch_is_turned_as_its_geometries_say() -> None:
+    bits = [*np.ndindex(2, 2, 2)]
+    geometries = [Geometry(1, 2, 3, *map(bool, each), quarter_turns=turns) for each in bits for turns in range(4)]
+    windows = torch.stack([geometry.window(IMAGE) for geometry in geometries])
+    orientation = torch.tensor([geometry.orientation for geometry in geometries])
+    turned = turn(windows, orientation)
+    for image, geometry in zip(turned, geometries, strict=True):
+        assert torch.equal(image, geometry.apply(IMAGE))
+    assert len({tuple(image[0].flatten().tolist()) for image in turned}) == 8
 
 
 def test_centre() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mitnet_fast.__main__ import main
 from mitnet_fast.training import checkpoint, train
 
 from .samples import Samples, small_config
@@ -21,10 +22,13 @@ SLOW = 0.005  # seconds that a half-written checkpoint is left lying, so that ki
 
 
 def start(function: Callable[..., None], *arguments: object) -> multiprocessing.Process:
-    """Run a function of this module in a process of its own; what it prints is in ``stderr`` of the run's folder."""
+    """Run a function of this module in a process of its own.
+
+    Its first argument is a folder; what it prints is in files beside it, ``.stdout`` and ``.stderr``.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_quietly, args=(function, *arguments))
+    process = context.Process(target=_redirected, args=(function, *arguments))
     process.start()
     return process
 
@@ -61,10 +65,18 @@ class SlowSave:
         stream.write(whole[len(whole) // 2 :])
 
 
-def _quietly(function: Callable[..., None], folder: Path, *arguments: object) -> None:
+def command(folder: Path, *words: str) -> None:
+    """The command line, in a process group of its own as a terminal starts it."""
+    os.setsid()
+    sys.argv = ["mitnet-fast", *words]
+    (folder.parent / f"{folder.name}.started").touch()
+    main()
+
+
+def _redirected(function: Callable[..., None], folder: Path, *arguments: object) -> None:
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    errors = (folder.parent / f"{folder.name}.stderr").open("a")
-    os.dup2(errors.fileno(), 2)
-    sys.stderr = errors
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = (folder.parent / f"{folder.name}.{name}").open("a")
+        os.dup2(stream.fileno(), descriptor)
+        setattr(sys, name, stream)
     function(folder, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from mitnet_fast.data import write_image
 from mitnet_fast.models import CheckpointError
 from mitnet_fast.training import load_checkpoint
 from mitnet_fast.training.trainer import train
 
-from .processes import start, train_on_a_full_disk, train_small
-from .samples import Samples, small_config
+from .processes import command, start, train_on_a_full_disk, train_small
+from .samples import COMMON, MITNET, Samples, small_config
 from .test_trainer import differences, rows
 
 # everything that has a state is switched on, and a checkpoint is written at every step
@@ -71,7 +73,7 @@ def killed_again_and_again(system: str, epochs: int, kills: int, folder: Path, s
 
 
 def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
-    killed_again_and_again("mitnet", 4, 3, tmp_path, seed=0)
+    killed_again_and_again("mitnet", 2, 3, tmp_path, seed=0)
 
 
 @pytest.mark.exhaustive
@@ -81,7 +83,7 @@ def test_a_run_that_is_killed_24_times_ends_as_if_it_had_not_been(system, tmp_pa
 
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(tmp_path):
-    config = small_config("mitnet", "run.epochs=2", "output.checkpoint_every=1", "validation.every=0")
+    config = small_config("mitnet", "run.epochs=1", "output.checkpoint_every=1", "validation.every=0")
     datasets = (Samples(8), None)
     train(config, tmp_path / "whole", datasets=datasets, progress=False)
     folder = tmp_path / "run"
@@ -99,11 +101,11 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(tmp_path
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
-    overrides = ("run.epochs=2", "validation.every=0")
+    overrides = ("run.epochs=1", "validation.every=0")
     train_small(tmp_path / "whole", "mitnet", overrides)
     folder = tmp_path / "run"
     config = small_config("mitnet", *overrides, EACH_STEP)
-    train(config, folder, datasets=(Samples(8), None), progress=False, max_steps=3)
+    train(config, folder, datasets=(Samples(8), None), progress=False, max_steps=2)
     before = {file: (folder / file).read_bytes() for file in ("last.pt", "previous.pt")}
     process = start(train_on_a_full_disk, folder, "mitnet", (*overrides, EACH_STEP))
     process.join()
@@ -115,3 +117,64 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     train_small(folder, "mitnet", (*overrides, EACH_STEP))
     differing = differences(load_checkpoint(folder / "last.pt"), load_checkpoint(tmp_path / "whole" / "last.pt"))
     assert differing == ["/config/output/checkpoint_every"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Four training pairs and one to validate on."""
+    folder, samples = tmp_path_factory.mktemp("images") / "set", Samples(5, side=40)
+    for index in range(5):
+        for kind, name in (("hazy", "hazy"), ("GT", "clear")):
+            place = folder / ("test" if index == 4 else "train") / kind
+            place.mkdir(parents=True, exist_ok=True)
+            write_image(place / f"{index}.png", samples[index][name])
+    return folder
+
+
+def interrupt(folder: Path, words: list[str], moments: list[float], wait_for: str) -> tuple[int, str, str]:
+    """Run the command, press Ctrl-C after these seconds each; its exit code, and what it wrote to both streams."""
+    process = start(command, folder, *words)
+    begin = time.monotonic()
+    while not (folder.parent / wait_for).exists():
+        assert process.is_alive()
+        assert time.monotonic() < begin + 120
+        time.sleep(0.001)
+    for moment in moments:
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.killpg(process.pid, signal.SIGINT)
+    process.join()
+    return process.exitcode, *((folder.parent / f"{folder.name}.{name}").read_text() for name in ("stdout", "stderr"))
+
+
+def interrupted(images: Path, tmp_path: Path, number: int, moments: list[float], wait_for: str) -> None:
+    overrides = ["-s", "data.workers=1", "-s", "output.checkpoint_every=1", "-s", "data.repeat=100"]
+    words = [word for override in (*COMMON[:2], *MITNET, "run.device=cpu") for word in ("-s", override)] + overrides
+    folder = tmp_path / f"run{number}"
+    code, out, errors = interrupt(
+        folder,
+        ["train", "mitnet-its", "-d", str(images), "--run", str(folder), *words],
+        moments,
+        wait_for.format(folder.name),
+    )
+    assert code == 130, (out, errors)
+    assert "stopped" in out + errors
+    assert "Traceback" not in out + errors
+    assert not list(folder.glob(".*.tmp"))
+    if (folder / "last.pt").exists():
+        step = load_checkpoint(folder / "last.pt")["position"]["step"]
+        result = train(None, folder, resume=True, max_steps=step + 1, progress=False)
+        assert result.step == step + 1
+
+
+def test_ctrl_c_stops_a_run_that_can_go_on(images, tmp_path):
+    interrupted(images, tmp_path, 0, [0.2], "{}/log.csv")
+
+
+@pytest.mark.exhaustive
+def test_ctrl_c_at_any_moment(images, tmp_path):
+    moments = random.Random(0)
+    for number in range(16):
+        interrupted(images, tmp_path, number, [moments.uniform(0, 2)], "{}.started")
+    for number in range(16, 24):  # a second one
+        interrupted(images, tmp_path, number, [moments.uniform(0, 2), moments.uniform(0, 0.1)], "{}/config.yaml")
