@@ -5,7 +5,8 @@ alike; every turn uses the next of several copies of the inputs, so that none fi
 cache. What is reported is the median with the 20th and 80th percentile.
 
 Memory: the highest resident size during one call in a process of its own (CPU) or the allocator's
-peak (GPU), above what was there before and without the results that the caller keeps.
+peak (GPU), above what was there before. Such a process is forked from one that has imported everything
+and computed nothing, which takes milliseconds where a new interpreter takes seconds.
 """
 
 from __future__ import annotations
@@ -14,16 +15,70 @@ import csv
 import ctypes
 import gc
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One implementation of one piece of work; None where something was not or cannot be measured.
+
+    Attributes:
+        kind: "operator" or "network".
+        name: of the operator or network.
+        work: "forward" or "forward + backward" of an operator; of a network see :mod:`.models`.
+        case: shapes and options.
+        dtype: of the tensors.
+        layout: of the maps.
+        precision: of float32 products, "IEEE" or "TF32".
+        implementation: what ran.
+        problem: why there is no time; None where there is one.
+        median_ms, p20_ms, p80_ms: time of a call.
+        runs: calls that were timed.
+        speedup: over plain PyTorch (networks: the faster of its layouts).
+        gigabytes_per_second: bytes that must move at least, over the median.
+        bandwidth_share: of the copy bandwidth measured in the same run.
+        gigaflops: floating-point operations of the formula, over the median.
+        matrix_rate_share: of the matrix rate measured in the same run.
+        memory_mb: highest memory above inputs (operators: and results).
+        device, threads, torch, triton, python, commit: where, and with what.
+    """
+
+    kind: str
+    name: str
+    work: str
+    case: str
+    dtype: str
+    layout: str
+    precision: str
+    implementation: str
+    problem: str | None
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    runs: int
+    speedup: float | None
+    gigabytes_per_second: float | None
+    bandwidth_share: float | None
+    gigaflops: float | None
+    matrix_rate_share: float | None
+    memory_mb: float | None
+    device: str
+    threads: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +117,15 @@ def take_turns(
     for turn in range(turns):
         for name, call in calls.items():
             durations[name].append(_time(call, turn, device))
-    return {name: _summary(values) for name, values in durations.items()}
+    return {name: summary(values) for name, values in durations.items()}
+
+
+def times_of(timing: Timing | None) -> dict[str, float | int | None]:
+    """The fields of :class:`Result` that hold a timing; None stands for one that there is not."""
+    if timing is None:
+        return {"median_ms": None, "p20_ms": None, "p80_ms": None, "runs": 0}
+    milliseconds = {f"{name}_ms": 1e3 * getattr(timing, name) for name in ("median", "p20", "p80")}
+    return {**milliseconds, "runs": timing.runs}
 
 
 def _time(call: Callable[[int], object], turn: int, device: str) -> float:
@@ -78,9 +141,23 @@ def _time(call: Callable[[int], object], turn: int, device: str) -> float:
     return time.perf_counter() - begun
 
 
-def _summary(values: Sequence[float]) -> Timing:
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), cuts[0], cuts[-1], len(values))
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median and percentiles of several calls' times; of one, that time."""
+    cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
+    return Timing(statistics.median(seconds), cuts[0], cuts[-1], len(seconds))
+
+
+def in_new_process(function: Callable[..., float], *arguments: object) -> float:
+    """What a function of a module of this package returns in a process of its own.
+
+    Args:
+        function: found by its name there.
+        arguments: for it; they are pickled.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.{name}" for name in ("models", "ops")])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:

@@ -2,22 +2,30 @@
 
     python -m benchmarks.models [--network MITNet] [--size 128] [--batch 2] [--compile] [--output NAME]
 
-Both networks at their published width; a training step is forward, loss and backward without the
-optimizer (for DCMPNet the L1 loss alone, since its other losses run networks of their own), inference
-is ``restore``. Plain PyTorch runs in NCHW and in channels_last, and speed-ups are given over the faster
-of the two; ``--compile`` adds torch.compile of it, which takes minutes. All of them take turns in one
-process, memory is measured in processes of their own. What does not give the plain network's numbers
-has no speed.
+Both networks at their published width, in three pieces of work:
+
+    training step              the trainer's own: forward, losses, backward and Adam on a batch that is there
+                               (DCMPNet with its L1 loss alone: its other losses run networks of their own)
+    training step with data    the same, fed by the trainer's own loader from photographs on disk
+    inference                  ``restore``
+
+Plain PyTorch runs in NCHW and in channels_last, and speed-ups are given over the faster of the two;
+``--compile`` adds torch.compile of it, which takes minutes; on a GPU the step as one CUDA graph comes on
+top. All of them take turns in one process, but for the steps with data, whose loaders would work during
+the others' turns; memory is measured in processes of their own. What does not give the plain network's
+numbers has no speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +33,39 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.nn import functional as F
 
 from mitnet_fast import ops
-from mitnet_fast.losses import MITNetLoss
-from mitnet_fast.models import DCMPNet, DCMPNetOutput, MITNet
+from mitnet_fast.data.haze import synthesise_haze
+from mitnet_fast.data.images import write_image
+from mitnet_fast.data.paired import PairedImages
+from mitnet_fast.data.photographs import photographs
+from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.specs import relative_error
+from mitnet_fast.training import Configuration, System, build_system, load_config
+from mitnet_fast.training.loader import batches
+from mitnet_fast.training.sampler import EpochBatches
+from mitnet_fast.training.step import WARM_UP
 
-from .measure import environment, peak_memory, take_turns, write_results
+from .measure import (
+    Result,
+    Timing,
+    environment,
+    in_new_process,
+    peak_memory,
+    summary,
+    take_turns,
+    times_of,
+    write_results,
+)
 
-WORK = ("training step", "inference")
+TRAINING, WITH_DATA, INFERENCE = "training step", "training step with data", "inference"
+WORK = (TRAINING, WITH_DATA, INFERENCE)
 CHECKED_SIZE = 64  # pixels, side of the images on which results are compared
 CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips, the median does not
+PHOTOGRAPH_SIDE = 620  # longer side of the photographs on disk, pixels: that of the indoor training set
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"MITNet": MITNet, "DCMPNet": DCMPNet}
+PRESETS = {"MITNet": ("mitnet-its",), "DCMPNet": ("dcmpnet-its", "data.depth=none", "loss.contrastive_weight=0")}
 
 
 @dataclass(frozen=True)
@@ -44,92 +73,93 @@ class Implementation:
     """A way to run a network.
 
     Attributes:
-        backends: a context in which the network runs.
+        backends: a context in which the network runs on a type of device.
         layout: memory format of its weights and images.
-        compiled: whether torch.compile takes the network first.
+        step: how a training step runs, ``run.step`` of its configuration; "compile" is that for inference too.
     """
 
-    backends: Callable[[], AbstractContextManager]
+    backends: Callable[[str], AbstractContextManager]
     layout: torch.memory_format = torch.contiguous_format
-    compiled: bool = False
+    step: str = "eager"
 
 
-def _plain() -> AbstractContextManager:
+def _plain(device: str) -> AbstractContextManager:
     return ops.use_backend("reference")
+
+
+def _fused(device: str) -> AbstractContextManager:
+    """What runs by default, but on a GPU, where that may be plain PyTorch, the CUDA kernels by name."""
+    return ops.use_backend("cpp") if device == "cuda" else nullcontext()
 
 
 PLAIN = ("plain", "plain, channels_last")
 IMPLEMENTATIONS = {
     "plain": Implementation(_plain),
     "plain, channels_last": Implementation(_plain, torch.channels_last),
-    "fused": Implementation(nullcontext),
-    "fused, channels_last": Implementation(nullcontext, torch.channels_last),
+    "fused": Implementation(_fused),
+    "fused, channels_last": Implementation(_fused, torch.channels_last),
 }
-COMPILED = {"compile": Implementation(_plain, compiled=True)}
+GRAPHED = {  # on GPUs, of training steps
+    "plain, channels_last, CUDA graph": Implementation(_plain, torch.channels_last, "cuda_graph"),
+    "fused, CUDA graph": Implementation(_fused, step="cuda_graph"),
+    "fused, channels_last, CUDA graph": Implementation(_fused, torch.channels_last, "cuda_graph"),
+}
+COMPILED = {"compile": Implementation(_plain, step="compile")}
+FED = ("plain, channels_last", "fused, channels_last", "fused, channels_last, CUDA graph")  # from disk
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured piece of work in one implementation."""
-
-    network: str
-    work: str
-    implementation: str
-    shape: str
-    dtype: str
-    correct: bool
-    problem: str | None
-    median_ms: float | None
-    p20_ms: float | None
-    p80_ms: float | None
-    runs: int
-    speedup_over_plain: float | None
-    peak_memory_mb: float | None
-    precision: str
-    device: str
-    threads: str
-    torch: str
-    triton: str
-    python: str
-    commit: str
+def implementations(work: str, device: str, compiled: bool) -> dict[str, Implementation]:
+    """What is measured for a piece of work, by name."""
+    graphed = GRAPHED if device == "cuda" and work != INFERENCE else {}
+    found = IMPLEMENTATIONS | graphed | (COMPILED if compiled and work != WITH_DATA else {})
+    return {name: each for name, each in found.items() if work != WITH_DATA or name in FED}
 
 
-class ImageLoss(nn.Module):
-    """The L1 distance to the truth."""
+def configuration(network: str, implementation: Implementation, batch: int, size: int, device: str) -> Configuration:
+    """The training that is measured, as ``mitnet-fast train`` would be told."""
+    overrides = (
+        f"data.batch={batch}",
+        f"data.patch={size}",
+        f"run.device={device}",
+        f"run.channels_last={str(implementation.layout == torch.channels_last).lower()}",
+        f"run.step={implementation.step}",
+        # decoding has the processor to itself where the network does not compute on it
+        f"data.workers={min(4, os.cpu_count() or 1) if device == 'cuda' else 0}",
+    )
+    preset, *fixed = PRESETS[network]
+    return load_config(preset, (*fixed, *overrides))
 
-    def forward(self, output: DCMPNetOutput, hazy: torch.Tensor, clear: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss as "total", as the systems' own losses return it."""
-        return {"total": F.l1_loss(output.restored, clear)}
 
+def system_of(config: Configuration, device: str) -> System:
+    """The trainer's system, with the same weights every time; what it cannot do as asked raises."""
+    torch.manual_seed(0)
+    system = build_system(config, torch.device(device))
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"MITNet": MITNet, "DCMPNet": DCMPNet}
-LOSSES: dict[str, Callable[[], nn.Module]] = {"MITNet": MITNetLoss, "DCMPNet": ImageLoss}
+    def refuse(reason: str) -> None:
+        raise RuntimeError(reason)
+
+    system.say = refuse
+    return system
 
 
 def prepare(
     network: str, work: str, implementation: Implementation, batch: int, size: int, device: str
 ) -> Callable[[], object]:
     """A function that does the work once; networks and images are the same in every implementation."""
-    torch.manual_seed(0)
-    model = NETWORKS[network]().to(device, memory_format=implementation.layout)
+    generator = torch.Generator().manual_seed(1)
     hazy, clear = (
-        torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=implementation.layout)
+        torch.rand(batch, 3, size, size, generator=generator).to(device, memory_format=implementation.layout)
         for _ in range(2)
     )
-    run = torch.compile(model) if implementation.compiled else model
-    if work == "inference":
-        model.eval()
-        if implementation.compiled:
-            return torch.no_grad()(lambda: run(hazy))
-        return lambda: model.restore(hazy)
-    loss = LOSSES[network]().to(device)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        loss.zero_grad(set_to_none=True)
-        loss(run(hazy), hazy, clear)["total"].backward()
-
-    return step
+    if work == TRAINING:
+        system = system_of(configuration(network, implementation, batch, size, device), device)
+        return lambda: system.training_step({"hazy": hazy, "clear": clear})
+    torch.manual_seed(0)
+    model = NETWORKS[network]().to(device, memory_format=implementation.layout).eval()
+    if implementation.step == "compile":
+        compiled = torch.compile(model)
+        return torch.no_grad()(lambda: compiled(hazy))
+    return lambda: model.restore(hazy)
 
 
 def turn(
@@ -139,111 +169,185 @@ def turn(
     call = prepare(network, work, implementation, batch, size, device)
 
     def run(_: int) -> None:
-        with implementation.backends():
+        with implementation.backends(device):
             call()
 
     return run
+
+
+@functools.cache
+def _truth(network: str, seed: int, device: str) -> tuple[torch.Tensor, float]:
+    """What a network restores of an image in float64, and how far plain PyTorch in float32 is from it."""
+    model, image = _problem(network, seed, device)
+    with _plain(device):
+        plain = model.restore(image)
+        truth = model.double().restore(image.double())
+    return truth, relative_error(plain, truth)
+
+
+def _problem(network: str, seed: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = NETWORKS[network]().to(device).eval()
+    return model, torch.rand(1, 3, CHECKED_SIZE, CHECKED_SIZE, device=device)
 
 
 def is_correct(network: str, implementation: Implementation, device: str) -> bool:
     """Whether restored images are as near to those in float64 as plain PyTorch's, in the median."""
     errors, plain_errors = [], []
     for seed in range(CHECKED_SEEDS):
-        torch.manual_seed(seed)
-        model = NETWORKS[network]().to(device).eval()
-        image = torch.rand(1, 3, CHECKED_SIZE, CHECKED_SIZE, device=device)
-        with _plain():
-            plain = model.restore(image)
-            truth = model.double().restore(image.double())
-        model = model.float().to(memory_format=implementation.layout)
-        with implementation.backends():
-            restored = model.restore(image.contiguous(memory_format=implementation.layout))
+        truth, plain_error = _truth(network, seed, device)
+        model, image = _problem(network, seed, device)
+        with implementation.backends(device):
+            restored = model.to(memory_format=implementation.layout).restore(
+                image.contiguous(memory_format=implementation.layout)
+            )
         errors.append(relative_error(restored, truth))
-        plain_errors.append(relative_error(plain, truth))
+        plain_errors.append(plain_error)
     rounding = 8 * torch.finfo(torch.float32).eps
     return statistics.median(errors) <= max(4 * statistics.median(plain_errors), rounding)
 
 
 def memory(network: str, work: str, name: str, batch: int, size: int, device: str) -> float:
     """Megabytes above network and images at the peak of one piece of work."""
-    implementation = IMPLEMENTATIONS[name]
-    with implementation.backends():
-        prepare(network, work, implementation, 1, CHECKED_SIZE, device)()  # thread pools and libraries
-        return peak_memory(prepare(network, work, implementation, batch, size, device), device) / 1e6
+    implementation = (IMPLEMENTATIONS | GRAPHED)[name]
+    with implementation.backends(device):
+        if device == "cpu":
+            prepare(network, work, implementation, 1, CHECKED_SIZE, device)()  # thread pools and libraries
+        call = prepare(network, work, implementation, batch, size, device)
+        if device == "cuda":
+            call()
+        return peak_memory(call, device) / 1e6
 
 
-def memory_in_own_process(network: str, work: str, name: str, batch: int, size: int, device: str) -> float | None:
-    """The same, measured where nothing else was; None for compiled networks."""
-    if name in COMPILED:
-        return None  # the compiler's own memory dominates
-    words = ["--memory-of", network, work, name, str(batch), str(size), device]
-    command = [sys.executable, "-m", __spec__.name, *words]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def measured_memory(network: str, work: str, name: str, batch: int, size: int, device: str) -> float | None:
+    """The same, measured where nothing else was; None where the compiler's or the graph's own pool dominates."""
+    if name in COMPILED or name in GRAPHED:
+        return None
+    if device == "cuda":
+        return memory(network, work, name, batch, size, device)
+    return in_new_process(memory, network, work, name, batch, size, device)
+
+
+@contextmanager
+def photographs_on_disk(size: int) -> Iterator[Path]:
+    """A folder of hazy and clear photographs, gone afterwards.
+
+    Args:
+        size: of the patches that are cut from them; none is smaller, pixels.
+    """
+    with tempfile.TemporaryDirectory(prefix="mitnet-fast-bench-") as folder:
+        for photo in photographs(max_side=max(PHOTOGRAPH_SIDE, 2 * size)):
+            if min(photo.rgb.shape[1:]) < size:
+                continue
+            for place, image in (("hazy", synthesise_haze(photo.rgb, photo.depth, 0.4, 0.9)), ("gt", photo.rgb)):
+                file = Path(folder, "train", place, f"{photo.name}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_image(file, image)
+        yield Path(folder)
+
+
+def time_with_data(
+    network: str, implementation: Implementation, folder: Path, batch: int, size: int, device: str, seconds: float
+) -> Timing:
+    """Training steps in a row, each from asking the loader for its batch to having its losses."""
+    config = configuration(network, implementation, batch, size, device)
+    system = system_of(config, device)
+    dataset = PairedImages(
+        folder, split="train", patch=size, augment=config.data.augment, repeat=100 * batch, on_device=True
+    )
+    order = EpochBatches(len(dataset), batch, seed=0)
+    loaded = batches(dataset, system.device, workers=config.data.workers, seed=0, batch_sampler=order)
+    durations: list[float] = []
+    with implementation.backends(device), closing(loaded):
+        for _ in range(WARM_UP + 1 if device == "cuda" else 1):
+            system.training_step(next(loaded))
+        while len(durations) < 3 or (sum(durations) < seconds and len(durations) < 100):
+            begun = time.perf_counter()
+            system.training_step(next(loaded))
+            durations.append(time.perf_counter() - begun)
+    return summary(durations)
 
 
 def measure(
     network: str, work: str, batch: int, size: int, device: str, seconds: float, compiled: bool = False
-) -> list[Row]:
-    """All implementations of one piece of work, in turns."""
-    chosen = IMPLEMENTATIONS | (COMPILED if compiled else {})
+) -> list[Result]:
+    """All implementations of one piece of work."""
+    chosen = implementations(work, device, compiled)
     calls: dict[str, Callable[[int], object]] = {}
+    timings: dict[str, Timing] = {}
     problems: dict[str, str] = {}
     for name, implementation in chosen.items():
-        if name not in (*PLAIN, *COMPILED) and not is_correct(network, implementation, device):
-            problems[name] = "fails its check"
+        try:
+            correct = name in (*PLAIN, *COMPILED) or is_correct(network, implementation, device)
+        except ops.BackendError as error:
+            problems[name] = str(error)
             continue
-        run = turn(network, work, implementation, batch, size, device)
-        if implementation.compiled:
-            try:
-                run(0)
-            except Exception as error:
-                problems[name] = f"does not compile: {type(error).__name__}"
-                continue
-        calls[name] = run
-    timings = take_turns(calls, device, seconds=seconds, least=3)
-    fastest_plain = min(timings[name].median for name in PLAIN)
+        if not correct:
+            problems[name] = "fails its check"
+        elif work != WITH_DATA:
+            calls[name] = turn(network, work, implementation, batch, size, device)
+            if implementation.step != "eager":
+                try:
+                    for index in range(WARM_UP + 1):
+                        calls[name](index)
+                except Exception as error:
+                    del calls[name]
+                    what = "does not compile" if implementation.step == "compile" else "cannot be recorded"
+                    problems[name] = f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    if work == WITH_DATA:
+        with photographs_on_disk(size) as folder:
+            for name in [name for name in chosen if name not in problems]:
+                timings[name] = time_with_data(network, chosen[name], folder, batch, size, device, seconds)
+    else:
+        timings = take_turns(calls, device, seconds=seconds, least=3)
+    fastest_plain = min(timings[name].median for name in PLAIN if name in timings)
+    workers = configuration(network, IMPLEMENTATIONS["plain"], batch, size, device).data.workers
     return [
-        Row(
-            network=network,
+        Result(
+            kind="network",
+            name=network,
             work=work,
-            implementation=name,
-            shape=f"[{batch}, 3, {size}, {size}]",
+            case=f"[{batch}, 3, {size}, {size}]" + (f" workers={workers}" if work == WITH_DATA else ""),
             dtype="float32",
-            correct=name not in problems,
-            problem=problems.get(name),
-            median_ms=(timing := timings.get(name)) and timing.median * 1e3,
-            p20_ms=timing and timing.p20 * 1e3,
-            p80_ms=timing and timing.p80 * 1e3,
-            runs=timing.runs if timing else 0,
-            speedup_over_plain=timing and fastest_plain / timing.median,
-            peak_memory_mb=timing and memory_in_own_process(network, work, name, batch, size, device),
+            layout="channels_last" if implementation.layout == torch.channels_last else "contiguous",
             precision="IEEE" if device == "cpu" else torch.backends.cudnn.conv.fp32_precision.upper(),
+            implementation=name,
+            problem=problems.get(name),
+            **times_of(timing := timings.get(name)),
+            speedup=timing and fastest_plain / timing.median,
+            gigabytes_per_second=None,
+            bandwidth_share=None,
+            gigaflops=None,
+            matrix_rate_share=None,
+            memory_mb=timing
+            and (measured_memory(network, work, name, batch, size, device) if work != WITH_DATA else None),
             **environment(device),
         )
-        for name in chosen
+        for name, implementation in chosen.items()
     ]
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[Result], console: Console) -> None:
     """Print one table per network."""
-    for network, shape in dict.fromkeys((row.network, row.shape) for row in rows):
+    for network in dict.fromkeys(row.name for row in rows):
         columns = ("work", "implementation", "ms", "p20–p80", "× plain", "peak MB")
-        table = Table(*columns, title=f"{network}, {shape}, float32")
+        table = Table(*columns, title=f"{network}, float32")
         for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
-            if (row.network, row.shape) != (network, shape):
+            if row.name != network:
                 continue
+            work = f"{row.work} {row.case}"
             if row.median_ms is None:
-                table.add_row(row.work, row.implementation, f"[red]{row.problem}[/]")
+                table.add_row(work, row.implementation, f"[red]{row.problem}[/]")
                 continue
             table.add_row(
-                row.work,
+                work,
                 row.implementation,
                 f"{row.median_ms:.0f}",
                 f"{row.p20_ms:.0f}–{row.p80_ms:.0f}",
-                f"{row.speedup_over_plain:.2f}",
-                "" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
+                f"{row.speedup:.2f}",
+                "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
             )
         console.print(table)
 
@@ -251,21 +355,17 @@ def show(rows: list[Row], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(NETWORKS), help="one network; both by default")
+    parser.add_argument("--work", choices=WORK, help="one piece of work; all by default")
     parser.add_argument("--size", type=int, default=128, help="side of the images, a multiple of 8")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each implementation and piece of work")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain networks too")
     parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
-    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        network, work, name, batch, size, device = options.memory_of
-        print(memory(network, work, name, int(batch), int(size), device))
-        return
     console, rows = Console(), []
     for network in NETWORKS if options.network is None else (options.network,):
-        for work in WORK:
+        for work in WORK if options.work is None else (options.work,):
             with console.status(f"{network}, {work}"):
                 rows += measure(
                     network, work, options.batch, options.size, options.device, options.seconds, options.compile

@@ -10,54 +10,25 @@ implementation and direction.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention.flex_attention import flex_attention
 
 from mitnet_fast.ops._backends import BACKENDS, FAMILIES, why_not
 from mitnet_fast.reference.window_attention import padding, table_rows
 from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, expectations, relative_error
 from mitnet_fast.verify import KERNELS
 
-from .measure import environment, peak_memory, take_turns, write_results
+from .measure import Result, Timing, environment, in_new_process, peak_memory, take_turns, times_of, write_results
 
 COPIES = 3  # of the inputs, which the turns rotate through
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured implementation of one call."""
-
-    operator: str
-    case: str
-    dtype: str
-    layout: str
-    implementation: str
-    direction: str
-    correct: bool
-    median_ms: float | None
-    p20_ms: float | None
-    p80_ms: float | None
-    runs: int
-    speedup_over_eager: float | None
-    gigabytes_per_second: float | None
-    gigaflops: float | None
-    extra_memory_mb: float | None
-    device: str
-    threads: str
-    precision: str
-    torch: str
-    triton: str
-    python: str
-    commit: str
+FLEX_HEAD = 16  # channels that FlexAttention takes at the least
 
 
 def shifted_slices(x, features, weight, bias, *, residual):
@@ -77,20 +48,42 @@ def shifted_slices(x, features, weight, bias, *, residual):
     return y
 
 
-def attention_of_copied_windows(qk, v, bias_table, *, num_heads, window_size, shift):
-    """Window attention by PyTorch's own, on the padded and cut copies that it needs."""
+def _copied_windows(qk, v, num_heads, window_size, shift) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+    """Q, K and V as windows [3, windows, heads, w², d], on padded and cut copies; and the way back to a map."""
     batch, channels, height, width = v.shape
     top, bottom = padding(height, window_size, shift)
     left, right = padding(width, window_size, shift)
     padded = F.pad(torch.cat([qk, v], 1), (left, right, top, bottom), mode="reflect")
     grid = padded.shape[-2] // window_size, padded.shape[-1] // window_size
     windows = padded.view(batch, 3, num_heads, -1, grid[0], window_size, grid[1], window_size)
-    windows = windows.permute(1, 0, 4, 6, 2, 5, 7, 3).flatten(5, 6).flatten(1, 3)  # [3, windows, heads, w², d]
+    windows = windows.permute(1, 0, 4, 6, 2, 5, 7, 3).flatten(5, 6).flatten(1, 3)
+
+    def whole(attended: torch.Tensor) -> torch.Tensor:
+        attended = attended.reshape(batch, *grid, num_heads, window_size, window_size, -1)
+        uncut = attended.permute(0, 3, 6, 1, 4, 2, 5).reshape(batch, channels, *padded.shape[-2:])
+        return uncut[:, :, top : top + height, left : left + width].contiguous()
+
+    return windows, whole
+
+
+def attention_of_copied_windows(qk, v, bias_table, *, num_heads, window_size, shift):
+    """Window attention by PyTorch's own, on the padded and cut copies that it needs."""
+    windows, whole = _copied_windows(qk, v, num_heads, window_size, shift)
     bias = bias_table[table_rows(window_size).to(bias_table.device)].permute(2, 0, 1)
-    attended = F.scaled_dot_product_attention(*windows, attn_mask=bias.expand(windows.shape[1], -1, -1, -1))
-    attended = attended.view(batch, *grid, num_heads, window_size, window_size, -1).permute(0, 3, 6, 1, 4, 2, 5)
-    whole = attended.reshape(batch, channels, *padded.shape[-2:])
-    return whole[:, :, top : top + height, left : left + width].contiguous()
+    return whole(F.scaled_dot_product_attention(*windows, attn_mask=bias.expand(windows.shape[1], -1, -1, -1)))
+
+
+def flexible_attention(qk, v, bias_table, *, num_heads, window_size, shift):
+    """Window attention by FlexAttention, on the same copies, its heads padded to what it takes; to be compiled."""
+    windows, whole = _copied_windows(qk, v, num_heads, window_size, shift)
+    size = windows.shape[-1]
+    windows = F.pad(windows, (0, max(0, FLEX_HEAD - size)))
+    rows = table_rows(window_size).to(bias_table.device)
+
+    def with_bias(score, window, head, query, key):
+        return score + bias_table[rows[query, key], head]
+
+    return whole(flex_attention(*windows, score_mod=with_bias, scale=size**-0.5)[..., :size])
 
 
 def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
@@ -108,6 +101,9 @@ def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> di
         if spec.name == "predicted_dynamic_filter":
             plain = lambda **tensors: shifted_slices(**tensors, **case.options)  # noqa: E731
             found["compile, shifted slices"] = torch.compile(plain, fullgraph=True)
+        if spec.name == "window_attention":
+            flexible = lambda **tensors: flexible_attention(**tensors, **case.options)  # noqa: E731
+            found["compile, FlexAttention"] = torch.compile(flexible, fullgraph=True)
     for backend in ("cpp", "triton"):
         if not (backend == "triton" and device == "cpu") and not why_not(
             KERNELS[spec.family], backend, device, case.dtype
@@ -125,19 +121,26 @@ def step(function: Callable[..., torch.Tensor], tensors, gradient, backward: boo
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
 
 
-def is_correct(spec: OpSpec, case: Case, backend: str, function, tensors, gradient) -> bool:
-    """Whether result and gradients are within the tolerance rule for ``backend``."""
-    truth, absolute, eager = expectations(spec, case, tensors, gradient, backend)
-    results = step(function, tensors, gradient, backward=True)
-    return all(
+Expectations = tuple[Mapping[str, torch.Tensor], ...]
+
+
+def problem_of(case: Case, expected: Expectations, function, tensors, gradient) -> str | None:
+    """Why an implementation gets no speed: result or gradients outside the tolerance rule, or none at all."""
+    truth, absolute, eager = expected
+    try:
+        results = step(function, tensors, gradient, backward=True)
+    except Exception as error:  # of a compiler, whatever its kind
+        return f"does not run: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:80]}"
+    fits = all(
         relative_error(result, truth[name])
         <= allowed_error(case.dtype, relative_error(eager[name], truth[name]), truth[name], absolute[name])
         for name, result in zip(truth, results, strict=True)
     )
+    return None if fits else "fails its check"
 
 
-def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: bool) -> list[Row]:
-    """All implementations of one case, forward and forward + backward."""
+def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: bool) -> list[Result]:
+    """All implementations of one case, forward and forward + backward; shares of limits are left to the caller."""
     copies = []
     for copy in range(COPIES):
         tensors = spec.inputs(replace(case, seed=copy), device)
@@ -145,45 +148,58 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
     with torch.no_grad():
         gradient = spec.gradient(case, spec.run(case, copies[0], "reference"))
     functions = implementations(spec, case, device, compiled)
-    correct = {
-        name: is_correct(spec, case, name if name in BACKENDS else "reference", f, copies[0], gradient)
-        for name, f in functions.items()
-    }
+    expected: dict[str, Expectations] = {}
+    problems: dict[str, str | None] = {"eager": None}  # it is what the others are held to
+    for name in functions.keys() - problems.keys():
+        backend = name if name in BACKENDS and spec.as_seen else "reference"  # what the truth depends on
+        if backend not in expected:
+            expected[backend] = expectations(spec, case, copies[0], gradient, backend)
+        problems[name] = problem_of(case, expected[backend], functions[name], copies[0], gradient)
     rows = []
     for backward in (False, True):
         calls = {
             name: lambda turn, f=function, b=backward: step(f, copies[turn % COPIES], gradient, b)
             for name, function in functions.items()
-            if correct[name]
+            if problems[name] is None
         }
         with torch.set_grad_enabled(backward):
             timings = take_turns(calls, device, seconds=seconds)
         moved = sum(spec.bytes_at_least(case)) if backward else spec.bytes_at_least(case)[0]
         flops = sum(spec.flops(case)) if backward else spec.flops(case)[0]
         for name in functions:
-            timing = timings.get(name)
+            timing: Timing | None = timings.get(name)
             rows.append(
-                Row(
-                    operator=spec.name,
+                Result(
+                    kind="operator",
+                    name=spec.name,
+                    work="forward + backward" if backward else "forward",
                     case=_shape(case),
                     dtype=str(case.dtype).removeprefix("torch."),
                     layout=case.layout,
-                    implementation=name,
-                    direction="forward + backward" if backward else "forward",
-                    correct=correct[name],
-                    median_ms=timing and timing.median * 1e3,
-                    p20_ms=timing and timing.p20 * 1e3,
-                    p80_ms=timing and timing.p80 * 1e3,
-                    runs=timing.runs if timing else 0,
-                    speedup_over_eager=timing and timings["eager"].median / timing.median,
-                    gigabytes_per_second=timing and moved / timing.median / 1e9,
-                    gigaflops=timing and flops / timing.median / 1e9,
-                    extra_memory_mb=_memory_in_own_process(spec, case, name, device) if backward else None,
                     precision=_precision(case, device),
+                    implementation=name,
+                    problem=problems[name],
+                    **times_of(timing),
+                    speedup=timing and timings["eager"].median / timing.median,
+                    gigabytes_per_second=timing and moved / timing.median / 1e9,
+                    bandwidth_share=None,
+                    gigaflops=timing and flops / timing.median / 1e9,
+                    matrix_rate_share=None,
+                    memory_mb=_measured_memory(spec, case, name, device) if backward and timing else None,
                     **environment(device),
                 )
             )
     return rows
+
+
+def with_limits(row: Result, rates: Mapping[str, float]) -> Result:
+    """An operator's row with its shares of the limits that were measured in the same run."""
+    rate = rates.get(f"matrix_{row.dtype if row.precision == 'IEEE' else 'tf32'}_gflops")
+    return replace(
+        row,
+        bandwidth_share=row.gigabytes_per_second and row.gigabytes_per_second / rates["copy_gb_per_s"],
+        matrix_rate_share=row.gigaflops and rate and row.gigaflops / rate,
+    )
 
 
 def _shape(case: Case) -> str:
@@ -200,19 +216,20 @@ def _precision(case: Case, device: str) -> str:
     return "TF32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "IEEE"
 
 
-def _memory_in_own_process(spec: OpSpec, case: Case, name: str, device: str) -> float | None:
+def _measured_memory(spec: OpSpec, case: Case, name: str, device: str) -> float | None:
     """Megabytes above inputs and results; None for compiled baselines, whose compiler dominates."""
     if name.startswith("compile"):
         return None
-    sizes = json.dumps({"sizes": dict(case.sizes), "options": dict(case.options)})
-    words = ["--memory-of", spec.name, sizes, str(case.dtype), case.layout, name, device]
-    answer = subprocess.run([sys.executable, "-m", __spec__.name, *words], capture_output=True, text=True, check=True)
-    return float(answer.stdout.splitlines()[-1])
+    return (
+        memory(spec.name, case, name, device)
+        if device == "cuda"
+        else in_new_process(memory, spec.name, case, name, device)
+    )
 
 
-def _memory(operator: str, sizes: str, dtype: str, layout: str, name: str, device: str) -> float:
+def memory(operator: str, case: Case, name: str, device: str) -> float:
+    """Megabytes above inputs and results at the peak of one forward and backward."""
     spec = next(spec for spec in SPECS if spec.name == operator)
-    case = Case(**json.loads(sizes), dtype=getattr(torch, dtype.removeprefix("torch.")), layout=layout)
     small = replace(case, sizes=case.sizes | {"height": 16, "width": 16})
 
     def prepare(of: Case):
@@ -230,28 +247,30 @@ def _memory(operator: str, sizes: str, dtype: str, layout: str, name: str, devic
     return max(0.0, (peak - kept) / 1e6)
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[Result], console: Console) -> None:
     """Print one table per case."""
-    for operator, case, dtype, layout in dict.fromkeys((r.operator, r.case, r.dtype, r.layout) for r in rows):
-        title = f"{operator}, {case}, {dtype} ({rows[0].precision}), {layout}"
+    cases = dict.fromkeys((row.name, row.case, row.dtype, row.precision, row.layout) for row in rows)
+    for name, case, dtype, precision, layout in cases:
+        title = f"{name}, {case}, {dtype} ({precision}), {layout}"
         table = Table("", "direction", "ms", "p20–p80", "× eager", "GB/s", "GFLOP/s", "extra MB", title=title)
         for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
-            if (row.operator, row.case, row.dtype, row.layout) != (operator, case, dtype, layout):
+            if (row.name, row.case, row.dtype, row.precision, row.layout) != (name, case, dtype, precision, layout):
                 continue
+            direction = row.work.replace("backward", "back")
             if row.median_ms is None:
-                table.add_row(row.implementation, row.direction, "[red]fails its check[/]")
+                table.add_row(row.implementation, direction, f"[red]{row.problem}[/]")
                 continue
             table.add_row(
                 row.implementation,
-                row.direction.replace("backward", "back"),
+                direction,
                 f"{row.median_ms:.2f}",
                 f"{row.p20_ms:.2f}–{row.p80_ms:.2f}",
-                f"{row.speedup_over_eager:.2f}",
+                f"{row.speedup:.2f}",
                 f"{row.gigabytes_per_second:.1f}",
                 f"{row.gigaflops:.0f}",
-                "" if row.extra_memory_mb is None else f"{row.extra_memory_mb:.1f}",
+                "" if row.memory_mb is None else f"{row.memory_mb:.1f}",
             )
         console.print(table)
 
@@ -268,13 +287,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="time per implementation and direction")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain forms as baselines too")
     parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
-    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print(_memory(*options.memory_of))
-        return
     console = Console()
-    rows: list[Row] = []
+    rows: list[Result] = []
     for spec in SPECS:
         if options.family not in (None, spec.family) or options.operator not in (None, spec.name):
             continue

@@ -1,18 +1,22 @@
-"""Pictures of a benchmark run: speed-ups, roofline, and inference over image size, as PNG and SVG."""
+"""Pictures of a benchmark run as PNG and SVG: speed-ups, roofline, and inference over image size and batch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 INK, FAINT, GRID = "#1f2328", "#59636e", "#d9dee3"
 COLOURS = {"plain": "#9aa4af", "compile": "#d9a441", "kernel": "#1f6feb", "second kernel": "#8250df"}
 NETWORK_COLOURS = ("#1f6feb", "#bc4c00")
 STYLE = {"plain": (0, (3, 2)), "fused": "-"}
+MARKERS = "osD^vP"
+PICTURES = ("operators", "networks", "roofline", "scaling")
 
 
 def draw(folder: Path) -> list[Path]:
@@ -22,20 +26,26 @@ def draw(folder: Path) -> list[Path]:
         folder: with ``bench.json``, ``rates.json`` and, where networks were measured, ``scaling.json``.
 
     Returns:
-        The files written.
+        The files written; pictures of an earlier run are gone.
     """
     rows = json.loads((folder / "bench.json").read_text())
     rates = json.loads((folder / "rates.json").read_text())
-    figures = {"speedups": speedups(rows)}
-    if any(row["kind"] == "operator" and row["median_ms"] for row in rows):
-        figures["roofline"] = roofline(rows, rates)
+    figures = {}
+    if operators := [row for row in rows if row["kind"] == "operator" and row["median_ms"]]:
+        figures["operators"] = speedups([row for row in operators if row["work"] != "forward"])
+        figures["roofline"] = roofline(operators, rates)
+    if networks := [row for row in rows if row["kind"] == "network" and row["median_ms"]]:
+        figures["networks"] = speedups(networks)
     if (folder / "scaling.json").exists():
         figures["scaling"] = scaling(json.loads((folder / "scaling.json").read_text()))
     written = []
-    for name, figure in figures.items():
+    for name in PICTURES:
         for suffix in ("png", "svg"):
-            written.append(folder / f"{name}.{suffix}")
-            figure.savefig(written[-1], dpi=150, bbox_inches="tight", facecolor="white")
+            file = folder / f"{name}.{suffix}"
+            file.unlink(missing_ok=True)
+            if name in figures:
+                figures[name].savefig(file, dpi=150, bbox_inches="tight", facecolor="white")
+                written.append(file)
     return written
 
 
@@ -49,119 +59,134 @@ def colour_of(implementation: str) -> str:
 
 
 def speedups(rows: Sequence[dict]) -> Figure:
-    """Bars: how many times faster than plain PyTorch, forward + backward, training step and inference."""
+    """Bars, one group per piece of work: how many times faster than plain PyTorch, its own bars among them."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        if row["work"] != "forward" and row["speedup"]:
-            groups.setdefault(f"{row['name']}, {row['work']}\n{row['case']}", []).append(row)
-    height = sum(len(group) + 1.2 for group in groups.values())
-    figure = Figure(figsize=(8.5, 0.8 + 0.24 * height))
+        groups.setdefault(f"{row['name']}  {row['case']}\n{row['work']}, {row['dtype']}", []).append(row)
+    figure = Figure(figsize=(8.5, 0.9 + 0.2 * sum(len(group) + 1 for group in groups.values())))
     axes = figure.add_subplot()
+    longest = max(row["speedup"] for row in rows)
     position, ticks = 0.0, []
-    longest = max(row["speedup"] for group in groups.values() for row in group)
     for group in groups.values():
         ticks.append(position + (len(group) - 1) / 2)
         for row in group:
-            axes.barh(position, row["speedup"], height=0.82, color=colour_of(row["implementation"]))
-            axes.text(
-                row["speedup"] + 0.01 * longest,
-                position,
-                f"{row['speedup']:.1f}×  {row['implementation']}",
-                va="center",
-                fontsize=8,
-                color=INK,
-            )
+            axes.barh(position, row["speedup"], height=0.86, color=colour_of(row["implementation"]))
+            text = f"{row['speedup']:.2f}×  {row['implementation']}"
+            axes.text(row["speedup"] + 0.01 * longest, position, text, va="center", fontsize=7.5, color=INK)
             position += 1
-        position += 1.2
-    axes.set_yticks(ticks, list(groups), fontsize=8, color=INK)
-    axes.set_ylim(position - 1.2, -1)
+        position += 1
+    axes.set_yticks(ticks, list(groups), fontsize=7.5, color=INK)
+    axes.set_ylim(position - 1.2, -0.8)
     axes.set_xlim(0, 1.3 * longest)
-    axes.axvline(1, color=FAINT, linewidth=0.8)
-    axes.set_xlabel("times as fast as plain PyTorch on the same machine, medians", fontsize=9, color=FAINT)
-    axes.set_title(where(rows), fontsize=9, color=FAINT, loc="left")
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_xlabel("times as fast as plain PyTorch, medians of one run", fontsize=8, color=FAINT)
+    axes.set_title(where(rows), fontsize=8, color=FAINT, loc="left")
     _plain(axes, grid="x")
     return figure
 
 
 def roofline(rows: Sequence[dict], rates: dict[str, float]) -> Figure:
-    """Operations per second over operations per byte, below the limits measured in the same run."""
-    figure = Figure(figsize=(7, 4.6))
+    """Operations per second over operations per byte, below the limits measured in the same run.
+
+    A thin line joins the implementations of one case, which differ in nothing but time.
+    """
+    figure = Figure(figsize=(8.5, 4.6))
     axes = figure.add_subplot()
-    points = [row for row in rows if row["gigaflops"] and row["work"] == "forward + backward"]
-    intensities = [row["gigaflops"] / row["gigabytes_per_second"] for row in points]
-    span = (min([0.5, *intensities]) / 2, max([32, *intensities]) * 2)
+    points = [row for row in rows if row["work"] == "forward + backward"]
+    intensity = [row["gigaflops"] / row["gigabytes_per_second"] for row in points]
+    span = (min([0.5, *intensity]) / 1.5, max([32, *intensity]) * 1.5)
+    copy = rates["copy_gb_per_s"]
     for name, rate in rates.items():
         if not name.startswith("matrix_"):
             continue
-        ridge = rate / rates["copy_gb_per_s"]
-        axes.plot((span[0], ridge, span[1]), (span[0] * rates["copy_gb_per_s"], rate, rate), color=INK, linewidth=1)
-        label = f"{name.removeprefix('matrix_').removesuffix('_gflops')} {rate:.0f} GFLOP/s"
-        axes.text(span[1], rate, label, va="bottom", ha="right", fontsize=8, color=FAINT)
-    axes.annotate(
-        f"copy {rates['copy_gb_per_s']:.0f} GB/s",
-        (span[0], span[0] * rates["copy_gb_per_s"]),
-        xytext=(4, 22),
-        textcoords="offset points",
-        fontsize=8,
-        color=FAINT,
-    )
-    markers = dict(zip(dict.fromkeys(row["name"] for row in points), "osD^vP", strict=False))
-    labelled = set()
-    for row, intensity in zip(points, intensities, strict=True):
-        kind = (row["name"], colour_of(row["implementation"]))
-        label = None if kind in labelled else f"{row['name']}, {row['implementation']}"
-        labelled.add(kind)
-        axes.plot(
-            intensity,
-            row["gigaflops"],
-            markers[row["name"]],
-            color=kind[1],
-            label=label,
-            markersize=6,
-            markeredgecolor="white",
-        )
+        axes.plot((span[0], rate / copy, span[1]), (span[0] * copy, rate, rate), color=INK, linewidth=1)
+        label = f"{name.removeprefix('matrix_').removesuffix('_gflops')} products {rate:.0f} GFLOP/s"
+        axes.text(span[0] * 1.1, rate, label, va="bottom", fontsize=8, color=FAINT)
+    markers = dict(zip(dict.fromkeys(row["name"] for row in points), MARKERS, strict=False))
+    cases: dict[tuple, list[tuple[float, dict]]] = {}
+    for place, row in zip(intensity, points, strict=True):
+        cases.setdefault((row["name"], row["case"], row["dtype"], row["layout"]), []).append((place, row))
+    for group in cases.values():
+        heights = [row["gigaflops"] for _, row in group]
+        axes.plot([group[0][0]] * 2, [min(heights), max(heights)], color=GRID, linewidth=1.2, zorder=1)
+        for place, row in group:
+            style = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            axes.plot(place, row["gigaflops"], markers[row["name"]], color=colour_of(row["implementation"]), **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     _readable(axes.yaxis)
     axes.set_xlim(span)
-    axes.set_xlabel("FLOP per byte that must move at least", fontsize=9, color=FAINT)
-    axes.set_ylabel("GFLOP/s", fontsize=9, color=FAINT)
-    axes.set_title("forward + backward; " + where(rows), fontsize=9, color=FAINT, loc="left")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.text(
+        2 * span[0],
+        2.2 * span[0] * copy,
+        f"copy {copy:.0f} GB/s",
+        rotation=45,
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        fontsize=8,
+        color=FAINT,
+    )
+    axes.set_xlabel("FLOP per byte that must move at least", fontsize=8, color=FAINT)
+    axes.set_ylabel("GFLOP/s", fontsize=8, color=FAINT)
+    axes.set_title("forward + backward; " + where(rows), fontsize=8, color=FAINT, loc="left")
+    implementations = dict.fromkeys(row["implementation"] for row in points)
+    _legend(axes, [("s", colour_of(name), name) for name in implementations], "upper left", 1.0)
+    _legend(axes, [(marker, FAINT, name) for name, marker in markers.items()], "lower left", 0.0)
     _plain(axes, grid="both")
     return figure
 
 
+def _legend(axes: Axes, entries: Iterable[tuple[str, str, str]], place: str, height: float) -> None:
+    """Marker, colour and words of each entry, right of the axes."""
+    handles = [
+        Line2D([], [], marker=marker, color=colour, linestyle="", markersize=6, label=words)
+        for marker, colour, words in entries
+    ]
+    axes.add_artist(
+        axes.legend(handles=handles, fontsize=8, frameon=False, loc=place, bbox_to_anchor=(1.01, height), borderpad=0)
+    )
+
+
 def scaling(rows: Sequence[dict]) -> Figure:
-    """Seconds and memory of restoring one image, over its side."""
-    figure = Figure(figsize=(9, 3.6))
+    """Seconds and memory of restoring one image over its side, and seconds per image over the batch."""
+    several = [row for row in rows if row["batch"] > 1]
+    panels = [
+        ("seconds per image", "side", lambda row: row["seconds"], lambda row: row["batch"] == 1),
+        ("peak memory, MB", "side", lambda row: row["memory_mb"], lambda row: row["batch"] == 1),
+    ]
+    if several:
+        side = several[0]["side"]
+        label = f"seconds per image of {side}²"
+        panels.append((label, "batch", lambda row: row["seconds"] / row["batch"], lambda row: row["side"] == side))
+    figure = Figure(figsize=(4 * len(panels), 3.4))
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    for column, (field, label) in enumerate((("seconds", "seconds per image"), ("memory_mb", "peak memory, MB"))):
-        axes = figure.add_subplot(1, 2, 1 + column)
+    for column, (label, over, value, belongs) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), 1 + column)
+        chosen = [row for row in rows if belongs(row)]
         for network, colour in zip(networks, NETWORK_COLOURS, strict=False):
-            for implementation, style in STYLE.items():
-                chosen = [row for row in rows if (row["network"], row["implementation"]) == (network, implementation)]
+            for kind, style in STYLE.items():
+                line = [r for r in chosen if r["network"] == network and r["implementation"].startswith(kind)]
                 axes.plot(
-                    [row["side"] for row in chosen],
-                    [row[field] for row in chosen],
+                    [row[over] for row in line],
+                    [value(row) for row in line],
                     linestyle=style,
                     marker="o",
                     markersize=3.5,
                     color=colour,
-                    label=f"{network}, {implementation}",
+                    label=f"{network}, {kind}",
                 )
-        sides = sorted({row["side"] for row in rows})
+        places = sorted({row[over] for row in chosen})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _readable(axes.yaxis)
-        axes.set_xticks(sides, [f"{side}²" for side in sides])
-        axes.set_xlabel("image, pixels", fontsize=9, color=FAINT)
+        axes.set_xticks(places, [f"{place}²" if over == "side" else str(place) for place in places])
+        axes.set_xlabel("image, pixels" if over == "side" else "images at once", fontsize=8, color=FAINT)
         axes.set_title(label, fontsize=9, color=INK, loc="left")
         _plain(axes, grid="both")
         if column == 0:
-            axes.legend(fontsize=8, frameon=False)
-    figure.suptitle("inference of one image; " + where(rows), fontsize=9, color=FAINT, x=0.12, ha="left")
+            axes.legend(fontsize=7.5, frameon=False)
+    figure.suptitle("inference; " + where(rows), fontsize=8, color=FAINT, x=0.125, y=0.99, ha="left")
     figure.subplots_adjust(wspace=0.25, top=0.86)
     return figure
 
@@ -180,7 +205,7 @@ def _readable(axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _plain(axes, grid: str) -> None:
+def _plain(axes: Axes, grid: str) -> None:
     axes.grid(axis=grid, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelsize=8, length=0)

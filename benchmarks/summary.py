@@ -3,35 +3,43 @@
     python -m benchmarks.summary benchmarks/results/cpu README.md
 
 replaces what stands between the two ``performance`` marks of the README, so that no figure there is
-ever written by hand.
+ever written by hand. Besides what :mod:`.bench` writes, the folder may hold ``compile.json`` (rows of
+:mod:`.ops` or :mod:`.models` with ``--compile``) and ``precision.json`` (of :mod:`.precision`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .plots import where
+from .scaling import bytes_per_pixel, largest_side_per_gib
+from .targets import Verdict, judge, judge_work
 
 BEGIN, END = "<!-- performance: written by benchmarks/summary.py -->", "<!-- /performance -->"
+Rows = Sequence[Mapping[str, Any]]
 
 
 def markdown(folder: Path, pictures: str = "") -> str:
     """Tables of what the results in a folder of :mod:`benchmarks.bench` hold.
 
     Args:
-        folder: with ``bench.json``, ``rates.json`` and whatever else the run wrote.
+        folder: with ``bench.json``, ``rates.json`` and whatever else was written there.
         pictures: where the pictures lie, as seen from the text; the folder itself by default.
     """
-    rows = json.loads((folder / "bench.json").read_text())
+    found = {
+        name: json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else []
+        for name in ("bench", "work", "scaling", "precision", "compile")
+    }
     rates = json.loads((folder / "rates.json").read_text())
     prefix = f"{pictures}/" if pictures else ""
+    rows = found["bench"]
     lines = [
-        f"Measured on {where(rows)}: "
-        "medians of one run, all implementations in turns. Limits of the machine in the same run: "
-        f"copy {rates['copy_gb_per_s']:.0f} GB/s, "
+        f"Measured on {where(rows)}: medians of one run, all implementations in turns. Limits of the machine in the "
+        f"same run: copy {rates['copy_gb_per_s']:.0f} GB/s, "
         + ", ".join(
             f"{name.removeprefix('matrix_').removesuffix('_gflops')} matrix product {rate:.0f} GFLOP/s"
             for name, rate in rates.items()
@@ -39,21 +47,38 @@ def markdown(folder: Path, pictures: str = "") -> str:
         )
         + ".",
         "",
-        f"![How many times faster than plain PyTorch]({prefix}speedups.png)",
-        "",
     ]
-    lines += _operators([row for row in rows if row["kind"] == "operator"])
-    lines += _networks([row for row in rows if row["kind"] == "network"])
-    if (folder / "work.json").exists():
-        lines += _work(json.loads((folder / "work.json").read_text()))
-    if (folder / "scaling.json").exists():
-        lines += [f"![Seconds and memory over image size]({prefix}scaling.png)", ""]
+    for kind, title, table in (("network", "networks", _networks), ("operator", "operators", _operators)):
+        if chosen := [row for row in rows if row["kind"] == kind]:
+            lines += [f"![How many times faster than plain PyTorch: {title}]({prefix}{title}.png)", "", *table(chosen)]
+    if any(row["kind"] == "operator" for row in rows):
+        lines += [f"![Operations per second below the machine's limits]({prefix}roofline.png)", ""]
+    lines += _compiled(found["compile"])
+    lines += _work(found["work"])
+    if found["scaling"]:
+        lines += [f"![Seconds and memory over image size and batch]({prefix}scaling.png)", ""]
+        lines += _scaling(found["scaling"])
+    lines += _precision(found["precision"])
+    device = "cpu" if rows[0]["threads"] else "cuda"
+    lines += _targets([*judge([rows, found["compile"]], device), *judge_work(found["work"])])
+    lines += _not_measured(found, device)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _operators(rows: Sequence[dict]) -> Iterator[str]:
-    if not rows:
-        return
+def _networks(rows: Rows) -> Iterator[str]:
+    yield "| network | | ms (p20–p80) | × plain¹ | peak MB |"
+    yield "|---|---|--:|--:|--:|"
+    for row in rows:
+        yield _row(f"{row['name']} {row['case']}, {row['work']}", row, row["memory_mb"])
+    yield ""
+    yield (
+        "¹ against the faster of plain PyTorch's two layouts. A training step is forward, losses, backward and Adam; "
+        '"with data" reads, decodes and augments its photographs from disk.'
+    )
+    yield ""
+
+
+def _operators(rows: Rows) -> Iterator[str]:
     yield "| operator, forward + backward | | ms (p20–p80) | × eager | extra MB | of copy bandwidth | of matrix rate |"
     yield "|---|---|--:|--:|--:|--:|--:|"
     for row in rows:
@@ -64,19 +89,21 @@ def _operators(rows: Sequence[dict]) -> Iterator[str]:
     yield ""
 
 
-def _networks(rows: Sequence[dict]) -> Iterator[str]:
+def _compiled(rows: Rows) -> Iterator[str]:
     if not rows:
         return
-    yield "| network | | ms (p20–p80) | × plain¹ | peak MB |"
-    yield "|---|---|--:|--:|--:|"
+    yield f"Against `torch.compile`, a run of its own (commit {rows[0]['commit']}):"
+    yield ""
+    yield "| | | ms (p20–p80) | × eager |"
+    yield "|---|---|--:|--:|"
     for row in rows:
-        yield _row(f"{row['name']} {row['case']}, {row['work']}", row, row["memory_mb"])
-    yield ""
-    yield "¹ against the faster of plain PyTorch's two layouts."
+        if row["work"] != "forward":
+            cells = _row(f"`{row['name']}` {row['case']}, {row['work']}", row, None).split(" | ")
+            yield " | ".join(cells[:-1]) + " |"
     yield ""
 
 
-def _row(name: str, row: dict, memory: float | None, *more: str) -> str:
+def _row(name: str, row: Mapping[str, Any], memory: float | None, *more: str) -> str:
     if row["median_ms"] is None:
         return "| " + " | ".join((name, row["implementation"], row["problem"], "", "", *("" for _ in more))) + " |"
     time = f"{row['median_ms']:.1f} ({row['p20_ms']:.1f}–{row['p80_ms']:.1f})"
@@ -88,7 +115,9 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _work(rows: Sequence[dict]) -> Iterator[str]:
+def _work(rows: Rows) -> Iterator[str]:
+    if not rows:
+        return
     yield "| one training step, counted | | operators | GB |"
     yield "|---|---|--:|--:|"
     for row in rows:
@@ -100,6 +129,63 @@ def _work(rows: Sequence[dict]) -> Iterator[str]:
         "fused operators what their kernels move (`benchmarks/work.py`)."
     )
     yield ""
+
+
+def _scaling(rows: Rows) -> Iterator[str]:
+    yield "| inference of one image | | largest | s per megapixel | bytes per pixel² | largest image per GiB² |"
+    yield "|---|---|--:|--:|--:|--:|"
+    for network, implementation in dict.fromkeys((row["network"], row["implementation"]) for row in rows):
+        chosen = [r for r in rows if (r["network"], r["implementation"], r["batch"]) == (network, implementation, 1)]
+        largest = max(chosen, key=lambda row: row["side"])
+        per_pixel = bytes_per_pixel(rows, network, implementation)
+        cells = ["", ""]
+        if per_pixel is not None:
+            cells = [f"{per_pixel:,.0f}", f"{largest_side_per_gib(per_pixel):,}²"]
+        speed = f"{1e6 * largest['seconds'] / largest['side'] ** 2:.2f}"
+        yield "| " + " | ".join([network, implementation, f"{largest['side']}²", speed, *cells]) + " |"
+    yield ""
+    yield "² memory above network and image between the two largest sizes; larger images go by `dehaze --tile`."
+    yield ""
+
+
+def _precision(rows: Rows) -> Iterator[str]:
+    if not rows:
+        return
+    yield "| demo network | computed in lower precision | | PSNR, dB | change, dB | largest change of 255 |"
+    yield "|---|---|---|--:|--:|--:|"
+    for row in rows:
+        cells = (row["network"], row["part"], row["precision"])
+        numbers = (f"{row['psnr']:.3f}", f"{row['psnr_change']:+.3f}", f"{row['largest_change']:.1f}")
+        yield "| " + " | ".join((*cells, *numbers)) + " |"
+    yield ""
+    first = rows[0]
+    yield (
+        f"Mean of {first['images']} hazy photographs that the demo's training has not seen, on {first['device']} "
+        f"(commit {first['commit']}); the rest of the network in float32."
+    )
+    yield ""
+
+
+def _targets(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    if not verdicts:
+        return
+    yield "| target | to reach | found | |"
+    yield "|---|--:|--:|---|"
+    for verdict in verdicts:
+        yield f"| {verdict.subject} | {verdict.aim} | {verdict.result} | {verdict.word} |"
+    yield ""
+
+
+def _not_measured(found: Mapping[str, Rows], device: str) -> Iterator[str]:
+    missing = []
+    if device == "cpu":
+        missing.append("anything on a GPU (`make gpu-report` does)")
+    if not any(row["kind"] == "network" and row["implementation"] == "compile" for row in found["bench"]):
+        missing.append("whole networks under `torch.compile` (`--compile`, minutes)")
+    for name, what in (("compile", "operators under `torch.compile`"), ("precision", "what lower precision costs")):
+        if not found[name] and not any(r["implementation"].startswith(name) for r in found["bench"]):
+            missing.append(what)
+    yield f"Not measured: {'; '.join(missing)}." if missing else ""
 
 
 def insert(readme: Path, text: str) -> None:

@@ -12,7 +12,21 @@ import torch
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from benchmarks import bench, gpu_report, measure, models, ops, plots, resources, summary, work
+from benchmarks import (
+    bench,
+    gpu_report,
+    measure,
+    models,
+    ops,
+    plots,
+    precision,
+    resources,
+    scaling,
+    summary,
+    targets,
+    work,
+)
+from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import _backends
 from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER
 
@@ -65,7 +79,7 @@ def test_shifted_slices_are_the_same_operator():
 
 
 def test_a_wrong_implementation_has_no_speed(monkeypatch):
-    monkeypatch.setattr(ops, "_memory_in_own_process", lambda *_: 0.0)
+    monkeypatch.setattr(ops, "in_new_process", lambda *_: 0.0)
 
     def implementations(spec, case, device, compiled):
         def right(**tensors):
@@ -75,15 +89,15 @@ def test_a_wrong_implementation_has_no_speed(monkeypatch):
 
     monkeypatch.setattr(ops, "implementations", implementations)
     rows = ops.benchmark(PREDICTED_DYNAMIC_FILTER, SMALL, "cpu", 0.01, False)
-    assert [(row.implementation, row.direction) for row in rows] == [
+    assert [(row.implementation, row.work) for row in rows] == [
         ("eager", "forward"),
         ("wrong", "forward"),
         ("eager", "forward + backward"),
         ("wrong", "forward + backward"),
     ]
     for row in rows:
-        assert row.correct == (row.implementation == "eager")
-        assert (row.median_ms is None) == (row.speedup_over_eager is None) == (row.implementation == "wrong")
+        assert row.problem == (None if row.implementation == "eager" else "fails its check")
+        assert (row.median_ms is None) == (row.speedup is None) == (row.implementation == "wrong")
         assert row.case == "[2, 20, 24, 20] kernel_size=3 features=20 bias=2"
 
 
@@ -170,15 +184,205 @@ def test_a_network_that_is_wrong_has_no_speed(monkeypatch):
             return self.layer(image) * (1.001 if wrong else 1)
 
     monkeypatch.setitem(models.NETWORKS, "MITNet", Network)
-    monkeypatch.setattr(models, "memory_in_own_process", lambda *_: 1.0)
+    monkeypatch.setattr(models, "measured_memory", lambda *_: 1.0)
+    models._truth.cache_clear()
     rows = models.measure("MITNet", "inference", 1, 16, "cpu", 0.01)
     assert [row.implementation for row in rows] == list(models.IMPLEMENTATIONS)
     for row in rows:
         fused = row.implementation.startswith("fused")
-        assert row.correct != fused
         assert row.problem == ("fails its check" if fused else None)
-        assert (row.median_ms is None) == (row.speedup_over_plain is None) == fused
-    assert max(row.speedup_over_plain for row in rows if row.correct) == 1.0
+        assert (row.median_ms is None) == (row.speedup is None) == fused
+    assert max(row.speedup for row in rows if row.problem is None) == 1.0
+    models._truth.cache_clear()
+
+
+SMALL_MITNET = ("mitnet-its", "network.width=4", "network.depth=2")
+
+
+def test_steps_with_data_read_photographs_from_disk(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    monkeypatch.setattr(models, "is_correct", lambda *_: True)
+    rows = models.measure("MITNet", models.WITH_DATA, 2, 32, "cpu", 0.01)
+    assert [row.implementation for row in rows] == ["plain, channels_last", "fused, channels_last"]
+    for row in rows:
+        assert (row.case, row.problem, row.memory_mb) == ("[2, 3, 32, 32] workers=0", None, None)
+        assert row.runs >= 3
+        assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
+    assert rows[0].speedup == 1.0
+    assert rows[1].speedup == pytest.approx(rows[0].median_ms / rows[1].median_ms)
+
+
+def test_what_does_not_compile_is_a_row_without_a_time(monkeypatch):
+    def fail(function, **_):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    monkeypatch.setattr(models, "is_correct", lambda *_: True)
+    monkeypatch.setattr(models, "measured_memory", lambda *_: 1.0)
+    monkeypatch.setattr(torch, "compile", fail)
+    rows = models.measure("MITNet", models.TRAINING, 1, 16, "cpu", 0.01, compiled=True)
+    assert [row.implementation for row in rows] == [*models.IMPLEMENTATIONS, "compile"]
+    assert rows[-1].median_ms is None
+    assert rows[-1].problem == "does not compile: no compiler here"
+    assert all(row.median_ms > 0 and row.problem is None for row in rows[:-1])
+
+
+def result(name: str, work: str, implementation: str, ms: float | None, **others) -> dict:
+    """A row of a run's results."""
+    values = dict.fromkeys(measure.Result.__annotations__)
+    values |= {"kind": "operator", "case": "[2, 20, 256, 256] more", "dtype": "float32", "layout": "contiguous"}
+    return values | {"name": name, "work": work, "implementation": implementation, "median_ms": ms} | others
+
+
+def test_targets_are_met_missed_or_not_measured():
+    both = "forward + backward"
+    rows = [
+        result("predicted_dynamic_filter", both, "eager", 50.0, memory_mb=100.0),
+        result("predicted_dynamic_filter", both, "cpp", 10.0, memory_mb=20.0),
+        *(result("MITNet", "inference", name, ms, kind="network") for name, ms in (("plain", 30), ("fused", 25))),
+        *(
+            result("MITNet", "inference", f"{name}, channels_last", ms, kind="network", layout="channels_last")
+            for name, ms in (("plain", 24), ("fused", 15))
+        ),
+    ]
+    compiled = [
+        result("predicted_dynamic_filter", both, name, ms)
+        for name, ms in (("eager", 60.0), ("compile", 25.0), ("compile, shifted slices", 15.0), ("cpp", 12.0))
+    ]
+    verdicts = {verdict.subject: verdict for verdict in targets.judge([rows, compiled], "cpu")}
+    filter_ = "predicted_dynamic_filter [2, 20, 256, 256], forward + backward"
+    expected = {
+        f"{filter_}: time against eager": ("≥ 5.00×", "5.00×", "met"),
+        f"{filter_}: memory against eager": ("≤ 0.100", "0.200", "missed"),
+        f"{filter_}: time against compile": ("≥ 2.00×", "1.25×", "missed"),
+        "MITNet, inference: time against plain": ("≥ 1.50×", "1.60×", "met"),
+        "MITNet, training step: time against plain": ("≥ 1.30×", "", "not measured"),
+    }
+    for subject, (aim, found, word) in expected.items():
+        verdict = verdicts[subject]
+        assert (verdict.aim, verdict.result, verdict.word) == (aim, found, word)
+    assert {verdict.word for verdict in targets.judge([rows], "cuda")} == {"not measured"}
+    counted = [{"network": "MITNet", "implementation": "fused", "operators": 400, "gigabytes": 25.1}]
+    assert [verdict.word for verdict in targets.judge_work(counted)] == ["met", "missed"]
+
+
+def test_a_target_holds_in_its_worst_case_and_layout():
+    case = dict(zip(("case", "layout"), ("[8, 24, 256, 256]", "channels_last"), strict=True))
+    rows = []
+    for shape, share in (("[8, 24, 256, 256]", 0.9), ("[8, 48, 128, 128]", 0.72), ("[8, 96, 64, 64]", 0.8)):
+        for layout, loss in (("contiguous", 1.0), ("channels_last", 0.99)):
+            case = {"case": f"{shape} num_heads=2", "layout": layout}
+            shares = {"bandwidth_share": 0.1, "matrix_rate_share": share * loss}
+            rows += [result("window_attention", "forward + backward", "triton", 1.0, **case, **shares)]
+    (verdict,) = (
+        v for v in targets.judge([rows], "cuda") if "window" in v.subject and "limit" in v.subject and v.result
+    )
+    assert (verdict.result, verdict.word) == ("71%", "met")
+
+
+def test_every_target_is_about_a_case_that_the_benchmarks_measure():
+    cases = {spec.name: [ops._shape(case) for case in spec.benchmark_cases] for spec in bench.SPECS}
+    for target in targets.TARGETS:
+        if target.name in models.NETWORKS:
+            assert target.work in models.WORK
+            continue
+        measured = [case.replace("[2,", "[8,") if target.device == "cuda" else case for case in cases[target.name]]
+        assert all(any(case.startswith(wanted) for case in measured) for wanted in target.cases)
+
+
+def test_larger_images_are_measured_until_time_or_memory_ends(monkeypatch):
+    asked = []
+
+    def once(network, name, batch, side, device):
+        asked.append((batch, side))
+        return 2.0, 1e-6 * 100 * side**2 + 5
+
+    monkeypatch.setattr(scaling, "in_new_process", lambda function, *arguments: once(*arguments))
+    monkeypatch.setattr(scaling, "_available_mb", lambda: 4 * (1e-6 * 100 * 256**2 + 5) / 0.7 - 1e-3)
+    rows = [asdict(row) for row in scaling.measure("MITNet", "cpu", 100.0, batches=(1, 2))]
+    assert list(dict.fromkeys(asked)) == [(1, 64), (1, 128), (1, 256), (2, 128)]
+    assert [row["runs"] for row in rows] == [1] * 8
+    assert scaling.bytes_per_pixel(rows, "MITNet", "fused, channels_last") == pytest.approx(100)
+    assert scaling.largest_side_per_gib(100) == 3276
+    asked.clear()
+    monkeypatch.setattr(scaling, "_available_mb", lambda: 1e9)
+    assert len(list(scaling.measure("MITNet", "cpu", 0.0, batches=(1,)))) == 2
+    assert asked == [(1, 64)] * 2
+
+
+def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
+    folder, _ = quick_run
+    for file in ("bench.json", "rates.json"):
+        (tmp_path / file).write_text((folder / file).read_text())
+    where = {"device": "cpu", "threads": "2", "torch": "2", "triton": "", "python": "3", "commit": "c"}
+    sizes = [
+        scaling.Scaling(network, f"{kind}, channels_last", batch, side, side / 1e3, 3, side / 10, **where)
+        for network in models.NETWORKS
+        for kind in ("plain", "fused")
+        for batch, side in ((1, 64), (1, 128), (2, 128))
+    ]
+    measure.write_results(sizes, tmp_path / "scaling")
+    row = precision.Row("MITNet", "phase stage", "bfloat16", 6, 25.0, -0.0125, 0.9, 3.2, **where)
+    measure.write_results([row], tmp_path / "precision")
+    assert {file.name for file in plots.draw(tmp_path)} == {
+        f"{name}.{suffix}" for name in ("operators", "roofline", "scaling") for suffix in ("png", "svg")
+    }
+    text = summary.markdown(tmp_path)
+    per_pixel = (12.8e6 - 6.4e6) / (128**2 - 64**2)
+    side = int((2**30 / per_pixel) ** 0.5)
+    assert f"| DCMPNet | fused, channels_last | 128² | 7.81 | {per_pixel:,.0f} | {side:,}² |" in text
+    assert "| MITNet | phase stage | bfloat16 | 25.000 | -0.013 | 3.2 |" in text
+    assert "| predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager | ≥ 5.00× |  |" in text
+
+
+class TwoStages(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.amplitude_stem = torch.nn.Conv2d(3, 3, 1)
+        self.phase_stem = torch.nn.Conv2d(3, 3, 1)
+        self.seen = []
+
+    def restore(self, image):
+        self.seen = [image.dtype]
+        for layer in (self.amplitude_stem, self.phase_stem):
+            image = layer(image)
+            self.seen.append(image.dtype)
+        return image
+
+
+def test_autocast_within_a_part_leaves_the_rest_as_it_is():
+    model = TwoStages()
+    inside = []
+    model.phase_stem.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    image = torch.rand(1, 3, 4, 4)
+    exact = model.restore(image)
+    with precision.autocast_within([model.phase_stem], torch.bfloat16, "cpu"):
+        coarse = model.restore(image)
+    assert inside == [torch.float32, torch.bfloat16]
+    assert model.seen == [torch.float32] * 3
+    assert 0 < (coarse - exact).abs().max() < 0.02
+    assert torch.equal(model.restore(image), exact)
+    with (
+        pytest.raises(RuntimeError, match="none of the modules"),
+        precision.autocast_within([torch.nn.Identity()], torch.bfloat16, "cpu"),
+    ):
+        model.restore(image)
+
+
+def test_every_part_of_both_networks_can_be_computed_in_lower_precision():
+    torch.manual_seed(0)
+    image = [(torch.rand(3, 24, 24), torch.rand(3, 24, 24))]
+    for model in (MITNet(width=4, depth=2), DCMPNet(widths=(4, 4, 4), depths=(1, 1, 1, 1, 1), heads=(1, 1, 1, 1, 1))):
+        rows = precision.measure(model, image, "cpu")
+        parts = precision.PARTS[type(model).__name__]
+        assert [(row.part, row.precision) for row in rows] == [
+            ("everything", "float32"),
+            *((part, "bfloat16") for part in ("everything", *parts)),
+        ]
+        assert rows[0].psnr_change == rows[0].largest_change == 0
+        for row in rows[1:]:
+            assert 0 < row.largest_change < 60
+            assert row.psnr_change == pytest.approx(row.psnr - rows[0].psnr)
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +408,11 @@ def test_a_run_writes_every_row_and_its_pictures(quick_run):
         ("cpp", "forward + backward"),
     }
     for row in rows:
-        assert row.correct
+        assert row.problem is None
         assert row.p20_ms <= row.median_ms <= row.p80_ms
         assert row.bandwidth_share == pytest.approx(row.gigabytes_per_second / rates["copy_gb_per_s"])
         assert row.matrix_rate_share == pytest.approx(row.gigaflops / rates["matrix_float32_gflops"])
-    for name in ("speedups", "roofline"):
+    for name in ("operators", "roofline"):
         assert (folder / f"{name}.svg").read_text().lstrip().startswith("<?xml")
         with Image.open(folder / f"{name}.png") as picture:
             drawn = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}
@@ -220,7 +424,8 @@ def test_the_summary_holds_the_rows_and_goes_into_a_readme(quick_run, tmp_path):
     text = summary.markdown(folder, "pictures")
     best = next(row for row in rows if row.implementation == "cpp" and row.work == "forward + backward")
     assert f"| cpp | {best.median_ms:.1f} ({best.p20_ms:.1f}–{best.p80_ms:.1f}) | {best.speedup:.2f} |" in text
-    assert "](pictures/speedups.png)" in text
+    assert "](pictures/operators.png)" in text
+    assert "Not measured: anything on a GPU" in text
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     summary.insert(readme, text)

@@ -52,7 +52,8 @@ class CudaGraph:
 
     def record(self, call: Callable[[], torch.Tensor]) -> None:
         """See :class:`Recorder`."""
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # thread_local: meanwhile the loader's thread may allocate and copy the next batch
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._result = call()
 
     def replay(self) -> torch.Tensor:
