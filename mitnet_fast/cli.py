@@ -234,6 +234,34 @@ def data_check(
         raise typer.Exit(1)
 
 
+@data_app.command("depth")
+def data_depth(
+    folder: Annotated[Path, typer.Argument(help="The data set's folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the maps [FOLDER/depth].")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Depth network of the Hugging Face hub, or a folder that holds one.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="What the teacher gives, disparity or depth; measured on a known picture.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="Layout, when it is not recognised.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute maps anew that are there.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Compute depth maps of the clear images with a pretrained network, and keep them; goes on where it stopped."""
+    from .data.teacher import DEFAULT_TEACHER, estimate_depth, load_teacher
+
+    network = load_teacher(teacher or DEFAULT_TEACHER, _device(device))
+    with _progress("estimating depth") as advance:
+        summary = estimate_depth(
+            folder, network, output=output, layout=layout, kind=kind, overwrite=overwrite, progress=advance
+        )
+    console.print(summary)
+    if summary.failures:
+        raise typer.Exit(1)
+    _line(f"train with them: -s data.depth={summary.folder}")
+
+
 @app.command()
 def verify(
     family: Annotated[str | None, typer.Option(help="One kernel family.")] = None,

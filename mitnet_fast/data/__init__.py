@@ -7,6 +7,7 @@ from .haze import HazeParameters, depth_from_disparity, sample_haze, synthesise_
 from .images import ImageError, ImageFile, read_image, read_size, to_float, write_image
 from .layouts import LAYOUTS, DataError, Pair, Problem, Recognised, Report, check, recognise
 from .paired import PairedImages
+from .teacher import estimate_depth, load_teacher
 from .transforms import AUGMENTATIONS, Geometry
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "Report",
     "check",
     "depth_from_disparity",
+    "estimate_depth",
     "find_depth",
+    "load_teacher",
     "read_depth",
     "read_image",
     "read_size",

@@ -23,11 +23,13 @@ side to the hazy image's 620×460. Nothing is ever resized.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -342,6 +344,8 @@ def recognise(root: str | PathLike[str], layout: str | None = None) -> Recognise
 def check(root: str | PathLike[str], layout: str | None = None, *, decode: bool = False) -> Report:
     """Examine a set: its layout, its pairs, and what is missing, doubled, unreadable or of the wrong size.
 
+    A file that is in the training split and, byte for byte, in another one too is reported: scores on it mean nothing.
+
     Args:
         root: the set's folder.
         layout: one of `LAYOUTS`; None finds it out.
@@ -356,6 +360,7 @@ def check(root: str | PathLike[str], layout: str | None = None, *, decode: bool 
     for split in found.splits.values():
         problems += split.problems
         problems += examine(found.root, split.pairs, decode=decode)[1]
+    problems += _leaks(found)
     return Report(found.root, found.layout.name, found.layout.title, found.splits, tuple(problems))
 
 
@@ -389,6 +394,40 @@ def examine(
             except DataError as error:
                 problems.append(Problem("sizes differ", str(error)))
     return sizes, problems
+
+
+def _leaks(found: Recognised) -> list[Problem]:
+    """Files of the training split whose bytes are those of a file that is held out."""
+    held_out = {split: content for split, content in found.splits.items() if split != "train"}
+    if "train" not in found.splits or not held_out:
+        return []
+
+    def by_size(pairs: Iterable[Pair]) -> dict[int, list[str]]:
+        table = defaultdict(list)
+        for path in sorted({path for pair in pairs for path in (pair.hazy, pair.clear)}):
+            with suppress(OSError):  # what cannot be read is reported as such
+                table[(found.root / path).stat().st_size].append(path)
+        return table
+
+    def digests(paths: Iterable[str]) -> dict[bytes, str]:
+        table = {}
+        for path in paths:
+            with suppress(OSError), (found.root / path).open("rb") as stream:
+                table.setdefault(hashlib.file_digest(stream, "sha256").digest(), path)
+        return table
+
+    trained = by_size(found.splits["train"].pairs)
+    problems = []
+    for content in held_out.values():
+        for size, paths in by_size(content.pairs).items():
+            if size in trained:
+                same = digests(trained[size])
+                problems += [
+                    Problem("in train too", f"{path} is the same file as {same[digest]}", fatal=False)
+                    for digest, path in digests(paths).items()
+                    if digest in same
+                ]
+    return problems
 
 
 def truth_margin(pair: Pair, hazy: tuple[int, int], clear: tuple[int, int]) -> int:
@@ -558,6 +597,8 @@ def _listed(tree: _Tree, hazy_folder: str, names: Sequence[str], problems: list[
             problems.append(Problem("unsafe name", f"{file}, line {number}: {entry!r} is not in {hazy_folder}"))
         elif path.name not in present:
             problems.append(Problem("listed but missing", f"{file}, line {number}: {_join(hazy_folder, path.name)}"))
+        elif _leads_out(tree.root, hazy_folder, path.name):
+            problems.append(Problem("unsafe name", f"{file}, line {number}: {entry!r} is a link out of {tree.root}"))
         elif path.name in chosen:
             message = f"{file}, line {number}: {path.name} stands on line {chosen[path.name]} already"
             problems.append(Problem("listed twice", message, fatal=False))
@@ -567,6 +608,15 @@ def _listed(tree: _Tree, hazy_folder: str, names: Sequence[str], problems: list[
     if missing:
         problems.append(Problem("not listed", f"{file} leaves out {missing} images of {hazy_folder}", fatal=False))
     return sorted(chosen)
+
+
+def _leads_out(root: Path, folder: str, name: str) -> bool:
+    """Whether an image is a link to a place outside the set; a folder of the set may be a link to anywhere."""
+    path = root / folder / name
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    return not any(target.is_relative_to(place.resolve()) for place in (root, root / folder))
 
 
 def _stem(name: str) -> str:

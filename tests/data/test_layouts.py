@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,8 @@ def put(root: Path, *names: str, size: tuple[int, int] = SIZE) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (1, 2, 3)).save(path)
+        colour = zlib.crc32(name.encode())  # no two files are the same
+        Image.new("RGB", size, (colour & 255, colour >> 8 & 255, colour >> 16 & 255)).save(path)
     return root
 
 
@@ -147,6 +152,27 @@ class TestValidationList:
         assert problem.message.startswith(f"vallist.txt, line 2: {name!r}")
         assert pairs(root) == [("val_indoor/hazy/1_1.png", "val_indoor/gt/1.png")]
 
+    def test_refuses_links_out_of_the_set(self, root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        outside = put(tmp_path_factory.mktemp("outside"), "hazy/1_1.png")
+        for name, target in (("1_3", outside / "hazy/1_1.png"), ("1_4", root / "val_indoor/hazy/1_1.png")):
+            (root / f"val_indoor/hazy/{name}.png").symlink_to(target)
+        (root / "vallist.txt").write_text("1_3.png\n1_4.png\n")
+        (problem,) = (problem for problem in check(root).problems if problem.fatal)
+        assert (problem.kind, problem.message) == (
+            "unsafe name",
+            f"vallist.txt, line 1: '1_3.png' is a link out of {root}",
+        )
+        assert pairs(root) == [("val_indoor/hazy/1_4.png", "val_indoor/gt/1.png")]
+
+    def test_a_folder_may_be_a_link(self, root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        place = tmp_path_factory.mktemp("other disk") / "hazy"
+        (root / "val_indoor/hazy").rename(place)
+        (place / "1_3.png").symlink_to(place / "1_1.png")
+        (root / "val_indoor/hazy").symlink_to(place)
+        (root / "vallist.txt").write_text("1_3.png\n2_1.png\n")
+        assert len(pairs(root)) == 2
+        assert check(root).usable
+
     def test_missing_and_doubled(self, root: Path) -> None:
         (root / "vallist.txt").write_text("1_1.png\n9_9.png\n1_1.png\n2_1.png\n1_2.png\n")
         report = check(root)
@@ -243,6 +269,48 @@ class TestFaults:
         (tmp_path / "clear/1.png").symlink_to(tmp_path / "nowhere.png")
         (problem,) = check(tmp_path).problems
         assert problem.message == f"{tmp_path / 'clear/1.png'}: no such file"
+
+    def test_unreadable_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(tmp_path, "hazy/1_1_0.9.png", "clear/1.png")
+        scandir = os.scandir
+
+        def guarded(path: Path):
+            if Path(path).name == "clear":
+                raise PermissionError(13, "Permission denied")
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", guarded)
+        with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path / 'clear'))}: cannot be listed: .*denied"):
+            check(tmp_path)
+
+
+class TestTrainAndTest:
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        generator = np.random.default_rng(0)
+        for path in ("train/GT/1", "train/GT/2", "train/hazy/1", "train/hazy/2", "test/GT/7", "test/hazy/7"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (6, 8, 3)).astype(np.uint8)).save(tmp_path / f"{path}.png")
+        return tmp_path
+
+    def test_apart(self, root: Path) -> None:
+        sizes = {path.stat().st_size for path in root.rglob("*.png")}
+        assert len(sizes) == 1  # all bytes are compared
+        assert check(root).problems == ()
+
+    @pytest.mark.parametrize("name", ["GT", "hazy"])
+    def test_the_same_file_in_both(self, root: Path, name: str) -> None:
+        shutil.copy(root / "train" / name / "2.png", root / "test" / name / "7.png")
+        report = check(root)
+        assert [(problem.kind, problem.message, problem.fatal) for problem in report.problems] == [
+            ("in train too", f"test/{name}/7.png is the same file as train/{name}/2.png", False)
+        ]
+        assert report.usable
+
+    def test_without_a_training_split_nothing_is_compared(self, root: Path) -> None:
+        shutil.copy(root / "train/GT/2.png", root / "test/GT/7.png")
+        shutil.rmtree(root / "train")
+        assert check(root).problems == ()
 
 
 class TestSotsIndoor:
