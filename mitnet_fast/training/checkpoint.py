@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from ..data.files import atomic_write
 from ..models import CheckpointError
 from ..weights import TRAINING_CHECKPOINT
 
-VERSION = 1
+VERSION = 2
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], keep_as: Path | None = None) -> None:
@@ -134,7 +135,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler meets
+        code = re.search(r"GLOBAL (\S+)", str(error))
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if code is not None:
+            reason = f"it holds {code[1]}, which would be run; only tensors and plain data are read"
         raise CheckpointError(f"{path}: cannot be read safely: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != TRAINING_CHECKPOINT:
         raise CheckpointError(f"{path}: no checkpoint of a training run; weights to start from go in run.weights")

@@ -88,6 +88,7 @@ class Data(Section):
     validation_root: LocalPath | None = Field(None, description="folder to validate on; null: the test split of root")
     patch: int = Field(256, ge=8, description="side of the square training patches, pixels")
     batch: int = Field(8, ge=1, description="patches per optimizer step")
+    drop_last: bool = Field(True, description="leave out of an epoch what does not fill a last batch")
     repeat: int = Field(1, ge=1, description="how often an epoch visits each image")
     augment: Literal["mitnet", "dcmpnet", "none"] = Field("mitnet", description="the release's crops, flips, rotations")
     workers: int = Field(4, ge=0, description="processes that decode and cut windows; 0: the training process itself")

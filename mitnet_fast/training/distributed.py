@@ -1,9 +1,10 @@
 """Data-parallel training: one process per device, as torchrun starts them.
 
 Every process takes its share of each batch. After the backward pass gradients, losses and running
-statistics are averaged over the processes, so the weights stay the same everywhere, and a run means the
-same whatever the number of processes: ``data.batch`` is the batch of all of them. Parameters without
-gradients, of which both networks have some, take no part.
+statistics are averaged over the processes, weighted by their numbers of samples, so the weights stay the
+same everywhere, and a run means the same whatever the number of processes: ``data.batch`` is the batch of
+all of them. Parameters without gradients, of which both networks have some, take no part. One message in
+the end, not one by one during the backward pass: the gradients of the networks are 11 MB and 69 MB.
 """
 
 from __future__ import annotations
@@ -37,18 +38,23 @@ class Processes:
         """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
-    def average_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace every tensor by its mean over the processes, one message per dtype."""
+    def average_(self, tensors: Iterable[torch.Tensor], weight: float) -> None:
+        """Replace every tensor by its mean over the processes, one message per dtype.
+
+        Args:
+            tensors: floating point, the same in every process but for their values.
+            weight: of this process's values, at least 0, in no process more than 2²⁴.
+        """
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
         for group in by_dtype.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            flat = torch.cat([*(tensor.reshape(-1) for tensor in group), group[0].new_ones(1)]) * weight
             dist.all_reduce(flat)
-            flat /= self.size
-            for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            means = flat[:-1] / flat[-1]
+            for tensor, mean in zip(group, means.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(mean.view(tensor.shape))
 
     def any(self, flag: bool) -> bool:

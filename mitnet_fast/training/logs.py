@@ -71,10 +71,13 @@ class CsvLog:
         if not self.path.exists():
             writer.writeheader()
         writer.writerow({name: f"{value:.7g}" if isinstance(value, float) else value for name, value in row.items()})
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def rows(self) -> list[dict[str, str]]:
         """All rows; none where there is no file."""

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, StepLR
@@ -27,6 +28,7 @@ from ..models import DCMPNet, DepthNet, MITNet
 from ..weights import DepthSharingDCMPNet, load_weights
 from .config import ConfigError, Configuration, DCMPNetConfiguration, MITNetConfiguration, Schedule
 from .distributed import Processes
+from .sampler import Share
 from .step import CudaGraph, GraphedStep, Step, why_no_graph
 
 Batch = Mapping[str, torch.Tensor]
@@ -51,6 +53,7 @@ class System(abc.ABC):
 
     Attributes:
         batch_names: what a batch must hold.
+        steps: number of steps so far, those that were skipped included.
         skipped: number of steps skipped so far.
         say: told once where steps cannot run as ``run.step`` asks, and why; warns by default.
     """
@@ -102,8 +105,10 @@ class System(abc.ABC):
         self._losses = self.losses
         self._run_step: Step | None = None
         self.say: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=2)
+        self.steps = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self._count = 0
 
     @abc.abstractmethod
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -115,8 +120,12 @@ class System(abc.ABC):
         (scale * terms["total"]).backward()
         return terms
 
-    def draw(self, size: int) -> dict[str, torch.Tensor]:
-        """Random numbers that the losses of ``size`` samples need, by name, one row a sample."""
+    def draw(self, share: Share) -> dict[str, torch.Tensor]:
+        """Random numbers that the losses of a share of a batch need, by name, one row a sample.
+
+        They depend on the seed, the number of steps and the samples' places in the whole batch, so they are the same
+        whatever the number of processes, and after a resume.
+        """
         return {}
 
     @property
@@ -129,13 +138,14 @@ class System(abc.ABC):
         """Of the step to come; all optimizers follow the same schedule."""
         return next(iter(self.optimizers.values())).param_groups[0]["lr"]
 
-    def training_step(self, batch: Batch) -> dict[str, float]:
+    def training_step(self, batch: Batch, share: Share | None = None) -> dict[str, float]:
         """Train on one batch.
 
         Args:
-            batch: this process's share, see the module; cut into ``optimizer.accumulate`` equal parts.
-                The gradients of all parts of all processes are averaged. Statistics of a batch norm,
-                and ratios of means, are those of a part.
+            batch: this process's share, see the module; cut into ``optimizer.accumulate`` parts, as equal
+                as can be. The gradients of all parts of all processes are averaged, weighted by their
+                numbers of samples. Statistics of a batch norm, and ratios of means, are those of a part.
+            share: which samples of the whole batch these are; None: all of them.
 
         Returns:
             Losses and terms, before weighting, averaged like the gradients, and the norm of each
@@ -143,10 +153,10 @@ class System(abc.ABC):
             every process.
 
         Raises:
-            ValueError: something is missing in the batch, or it cannot be cut so.
+            ValueError: something is missing in the batch.
             TrainingDiverged: ``run.max_nonfinite`` steps in a row were skipped.
         """
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, share)
         if self._run_step is None:
             self._run_step = self._as_asked(inputs)
         self._learning_rate.fill_(self.learning_rate)
@@ -154,6 +164,7 @@ class System(abc.ABC):
             self._average_share.fill_(1 - self.config.run.ema if self.average.n_averaged > 0 else 1.0)
         results = self._run_step(inputs).tolist()  # waits for the device, once
         values = dict(zip(self._names, results, strict=True))
+        self.steps += 1
         if all(math.isfinite(value) for value in results):
             self.skipped_in_a_row = 0
             if self.average is not None:
@@ -179,13 +190,13 @@ class System(abc.ABC):
         """
         before = [buffer.clone() for buffer in self._statistics]
         sums: dict[str, torch.Tensor] = {}
-        parts = self.config.optimizer.accumulate
-        for part in self._parts(inputs, parts):
-            for name, value in self.backward(part, 1 / parts).items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / parts
+        for part in self._parts(inputs):
+            weight = len(part["hazy"]) / len(inputs["hazy"])
+            for name, value in self.backward(part, weight).items():
+                sums[name] = sums.get(name, 0) + value.detach().float() * weight
         gradients = [p.grad for parameters in self.parameters.values() for p in parameters if p.grad is not None]
         statistics = [buffer for buffer in self._statistics if buffer.is_floating_point()]
-        self.processes.average_([*gradients, *statistics, *sums.values()])
+        self.processes.average_([*gradients, *statistics, *sums.values()], weight=self._count)
         for name, parameters in self.parameters.items():
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if self.config.optimizer.clip is not None:
@@ -221,6 +232,7 @@ class System(abc.ABC):
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
             "average": None if self.average is None else dict(self.average.state_dict()),
+            "steps": self.steps,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
@@ -237,6 +249,7 @@ class System(abc.ABC):
         self._run_step = None  # a recorded step works on tensors that are no more
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.steps = state["steps"]
         self.skipped = state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
@@ -249,22 +262,23 @@ class System(abc.ABC):
         # fused: one that leaves everything as it is where told so on the device
         return {"fused": True, "capturable": self.device.type == "cuda"}
 
-    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _inputs(self, batch: Batch, share: Share | None) -> dict[str, torch.Tensor]:
         """The batch on the device, and what is drawn for it."""
         missing = [name for name in self.batch_names if name not in batch]
         if missing:
             raise ValueError(f"batch: {', '.join(missing)} missing, it holds {', '.join(batch)}")
-        size, parts = len(batch["hazy"]), self.config.optimizer.accumulate
-        if size % parts:
-            raise ValueError(f"batch: {size} images cannot be cut into optimizer.accumulate = {parts} equal parts")
+        size = len(batch["hazy"])
+        share = share or Share(0, size, size)
+        self._count = share.count
         inputs = {
             name: batch[name].to(self.device, non_blocking=True, memory_format=self.memory_format)
             for name in self.batch_names
         }
-        return inputs | self.draw(size)
+        return inputs | self.draw(share)
 
-    def _parts(self, inputs: Batch, parts: int) -> Iterator[dict[str, torch.Tensor]]:
-        for chunks in zip(*(value.chunk(parts) for value in inputs.values()), strict=True):
+    def _parts(self, inputs: Batch) -> Iterator[dict[str, torch.Tensor]]:
+        parts = min(self.config.optimizer.accumulate, len(inputs["hazy"]))
+        for chunks in zip(*(value.tensor_split(parts) for value in inputs.values()), strict=True):
             yield {
                 name: to_float(value).contiguous(memory_format=self.memory_format)
                 if value.dtype == torch.uint8
@@ -289,7 +303,7 @@ class System(abc.ABC):
         before = [buffer.clone() for buffer in self._statistics]
         self._losses = torch.compile(self.losses, backend=self.config.run.compile or "inductor", dynamic=False)
         try:
-            self.backward(next(self._parts(inputs, self.config.optimizer.accumulate)), 1.0)
+            self.backward(next(self._parts(inputs)), 1.0)
         except Exception as error:  # of the compiler: what is wrong with the batch is found again without it
             self._losses = self.losses
             self.say(f"run.step: compile fails, steps run uncompiled: {type(error).__name__}: {_first_line(error)}")
@@ -359,10 +373,15 @@ class MITNetSystem(System):
             processes=processes,
         )
 
-    def draw(self, size: int) -> dict[str, torch.Tensor]:
-        """See :meth:`System.draw`; the regulariser's noise, [size, levels, 2, 4]."""
+    def draw(self, share: Share) -> dict[str, torch.Tensor]:
+        """See :meth:`System.draw`; the regulariser's noise, [B, levels, 2, 4]."""
         levels = len(self.loss.mutual_information)
-        return {"noise": torch.randn(size, levels, 2, LATENT, device=self.device)} if levels else {}
+        if not levels:
+            return {}
+        generator = np.random.default_rng((self.config.run.seed, self.steps))
+        noise = torch.from_numpy(generator.standard_normal((share.size, levels, 2, LATENT), np.float32))
+        mine = noise[share.start : share.start + share.count] if share.count else noise[:1]
+        return {"noise": mine.to(self.device, non_blocking=True)}
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """See :meth:`System.losses`."""

@@ -197,13 +197,15 @@ class _Trainer:
             config.data.batch,
             config.run.seed,
             config.run.steps_per_epoch,
+            drop_last=config.data.drop_last,
             rank=processes.rank,
             shares=processes.size,
         )
-        if self.batches.share % config.optimizer.accumulate:
+        share = config.data.batch // processes.size
+        if share % config.optimizer.accumulate:
             raise ConfigError(
                 f"optimizer.accumulate: got {config.optimizer.accumulate}, which does not divide the "
-                f"{self.batches.share} samples of a batch that each of {processes.size} processes takes"
+                f"{share} samples of a batch that each of {processes.size} processes takes"
             )
 
         _seed_everything(config.run.seed)
@@ -307,8 +309,9 @@ class _Trainer:
         for batch in self._train_batches():
             came = time.perf_counter()
             learning_rate = self.system.learning_rate
+            share = self.batches.share(self.step_in_epoch)
             try:
-                values = self.system.training_step(batch)
+                values = self.system.training_step(batch, share)
             except TrainingDiverged as error:
                 self._save()
                 raise TrainingDiverged(
@@ -318,7 +321,7 @@ class _Trainer:
             self.step_in_epoch += 1
             self.means.add(values)
             before, ended = ended, time.perf_counter()
-            self.clock.add(self.config.data.batch, ended - before, came - asked)
+            self.clock.add(share.size, ended - before, came - asked)
             last = self.step_in_epoch == self.batches.steps
             if last or self.step % self.config.output.log_every == 0:
                 self._log(learning_rate)

@@ -41,7 +41,7 @@ def same(loaded: dict, step: int) -> bool:
 
 def test_what_is_written_is_read_back(checkpoint):
     assert same(load_checkpoint(checkpoint), 7)
-    assert torch.load(checkpoint, weights_only=True)["version"] == 1
+    assert torch.load(checkpoint, weights_only=True)["version"] == 2
 
 
 def test_the_old_file_keeps_a_second_name(checkpoint):
@@ -118,7 +118,7 @@ def test_a_flipped_bit_is_found(checkpoint):
     damaged = bytearray(checkpoint.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     checkpoint.write_bytes(damaged)
-    assert torch.load(checkpoint, weights_only=True)["version"] == 1  # PyTorch does not see it
+    assert torch.load(checkpoint, weights_only=True)["version"] == 2  # PyTorch does not see it
     with pytest.raises(CheckpointError, match=r"damaged: the checksum of .*; there is no good checkpoint beside it"):
         load_checkpoint(checkpoint)
 
@@ -151,10 +151,30 @@ def test_foreign_files_are_refused(tmp_path):
         load_checkpoint(path)
 
 
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(checkpoint):
+    save_checkpoint(checkpoint.with_name("previous.pt"), content(3))
+    torch.save({**torch.load(checkpoint, weights_only=True), "extra": Code(checkpoint.with_name("run"))}, checkpoint)
+    with pytest.raises(CheckpointError, match=r"last\.pt: cannot be read safely: .*mkdir.*previous\.pt \(step 3\)"):
+        load_checkpoint(checkpoint)
+    assert not checkpoint.with_name("run").exists()
+    torch.load(checkpoint, weights_only=False)
+    assert checkpoint.with_name("run").exists()
+
+
 def test_another_version_is_refused(checkpoint):
     loaded = torch.load(checkpoint, weights_only=True)
-    torch.save({**loaded, "version": 2}, checkpoint)
-    with pytest.raises(CheckpointError, match="of version 2, this program reads version 1"):
+    torch.save({**loaded, "version": 3}, checkpoint)
+    with pytest.raises(CheckpointError, match="of version 3, this program reads version 2"):
         load_checkpoint(checkpoint)
 
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -178,3 +180,27 @@ def test_ctrl_c_at_any_moment(images, tmp_path):
         interrupted(images, tmp_path, number, [moments.uniform(0, 2)], "{}.started")
     for number in range(16, 24):  # a second one
         interrupted(images, tmp_path, number, [moments.uniform(0, 2), moments.uniform(0, 0.1)], "{}/config.yaml")
+
+
+@pytest.mark.exhaustive
+def test_ctrl_c_while_the_program_starts(tmp_path):
+    moments, started = random.Random(0), tmp_path / "started"
+    program = (
+        "import pathlib, sys; from mitnet_fast.__main__ import main; pathlib.Path(sys.argv.pop(1)).touch(); main()"
+    )
+    for _ in range(12):
+        started.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(started), "train", "mitnet-its", "-d", str(tmp_path / "missing")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        while not started.exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 2))
+        os.killpg(process.pid, signal.SIGINT)
+        text, _ = process.communicate(timeout=120)
+        assert (process.returncode, text.strip()) == (130, "stopped") or "missing" in text
+        assert "Traceback" not in text

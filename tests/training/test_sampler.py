@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mitnet_fast.training.sampler import EpochBatches
+from mitnet_fast.training.sampler import EpochBatches, Share
 
 
 def flat(batches):
@@ -54,3 +54,25 @@ def test_steps_shorten_the_epoch():
 def test_too_few_samples_are_an_error(samples, steps):
     with pytest.raises(ValueError, match=f"needs {5 * (steps or 1)} samples, the training set has {samples}"):
         EpochBatches(samples, 5, seed=0, steps=steps)
+
+
+def test_the_last_batch_may_be_smaller():
+    batches = EpochBatches(11, 4, seed=5, drop_last=False)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert sorted(flat(batches)) == list(range(11))
+    assert EpochBatches(3, 4, seed=5, drop_last=False).share(0) == Share(0, 3, 3)
+
+
+@pytest.mark.parametrize("samples", [9, 10, 11, 12])
+def test_shares_of_any_batch_are_the_batch(samples):
+    whole = EpochBatches(samples, 4, seed=1, drop_last=False)
+    shares = [EpochBatches(samples, 4, seed=1, drop_last=False, rank=rank, shares=2) for rank in range(2)]
+    for step, (batch, *parts) in enumerate(zip(whole, *shares, strict=True)):
+        places = [each.share(step) for each in shares]
+        assert [place.size for place in places] == [len(batch)] * 2
+        assert places[1].start == places[0].count
+        assert sum(place.count for place in places) == len(batch)
+        assert abs(places[0].count - places[1].count) <= 1
+        for part, place in zip(parts, places, strict=True):
+            # without a sample of its own, a process computes the first, which then counts for nothing
+            assert part == (batch[place.start : place.start + place.count] or batch[:1])
