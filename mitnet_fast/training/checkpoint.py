@@ -153,5 +153,5 @@ def _alternative(path: Path) -> str:
     for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(CheckpointError):
             step = _read(other)["position"]["step"]
-            return f"; the newest good checkpoint beside it is {other} (step {step})"
+            return f"; the newest good checkpoint beside it is {other} (step {step}), to resume from with --checkpoint"
     return "; there is no good checkpoint beside it"

@@ -292,11 +292,11 @@ class _Trainer:
 
     def _account(self) -> str:
         """This start in one line."""
-        parts = [f"{self.step} steps, {self.clock.images_per_second:.3g} images/s"]
-        parts.append(f"{self.clock.data_wait:.0%} of the time waiting for data")
-        if self.system.skipped:
-            parts.append(f"{self.system.skipped} steps skipped because they were not finite")
-        return f"{', '.join(parts)}; weights: {self.folder / 'last.safetensors'}"
+        skipped = f" ({self.system.skipped} skipped: not finite)" if self.system.skipped else ""
+        return (
+            f"{self.step} steps{skipped}, {self.clock.images_per_second:.3g} images/s, {self.clock.data_wait:.0%} of "
+            f"the time waiting for data; weights: {self.folder / 'last.safetensors'}"
+        )
 
     def _to_stop(self, max_steps: int | None) -> bool:
         return self.stopping or (max_steps is not None and self.step >= max_steps)
