@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,24 +150,68 @@ def interrupt(folder: Path, words: list[str], moments: list[float], wait_for: st
     return process.exitcode, *((folder.parent / f"{folder.name}.{name}").read_text() for name in ("stdout", "stderr"))
 
 
+def train_words(images: Path, folder: Path) -> list[str]:
+    """A long training of a small network, with a checkpoint at every step."""
+    overrides = (*COMMON[:2], *MITNET, EACH_STEP, "run.device=cpu", "data.workers=1", "data.repeat=100")
+    overrides = (*overrides, "output.log_every=1")
+    return ["train", "mitnet-its", "-d", str(images), "--run", str(folder)] + [
+        word for override in overrides for word in ("-s", override)
+    ]
+
+
 def interrupted(images: Path, tmp_path: Path, number: int, moments: list[float], wait_for: str) -> None:
-    overrides = ["-s", "data.workers=1", "-s", "output.checkpoint_every=1", "-s", "data.repeat=100"]
-    words = [word for override in (*COMMON[:2], *MITNET, "run.device=cpu") for word in ("-s", override)] + overrides
     folder = tmp_path / f"run{number}"
-    code, out, errors = interrupt(
-        folder,
-        ["train", "mitnet-its", "-d", str(images), "--run", str(folder), *words],
-        moments,
-        wait_for.format(folder.name),
-    )
+    code, out, errors = interrupt(folder, train_words(images, folder), moments, wait_for.format(folder.name))
     assert code == 130, (out, errors)
     assert "stopped" in out + errors
     assert "Traceback" not in out + errors
     assert not list(folder.glob(".*.tmp"))
     if (folder / "last.pt").exists():
-        step = load_checkpoint(folder / "last.pt")["position"]["step"]
-        result = train(None, folder, resume=True, max_steps=step + 1, progress=False)
-        assert result.step == step + 1
+        goes_on(folder)
+
+
+def goes_on(folder: Path) -> None:
+    """One more step can be done."""
+    step = load_checkpoint(folder / "last.pt")["position"]["step"]
+    assert train(None, folder, resume=True, max_steps=step + 1, progress=False).step == step + 1
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", ["the set vanishes", "the worker is killed"])
+def test_a_fault_of_the_data_ends_the_command_with_a_message(fault, images, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(images, root)
+    process = start(command, folder, *train_words(root, folder))
+    begin = time.monotonic()
+    while not (folder / "log.csv").exists():
+        assert process.is_alive()
+        assert time.monotonic() < begin + 120
+        time.sleep(0.01)
+    if fault == "the set vanishes":
+        root.rename(tmp_path / "elsewhere")
+    else:
+        for worker in children(process.pid):
+            os.kill(worker, signal.SIGKILL)
+    process.join()
+    errors = (tmp_path / "run.stderr").read_text()
+    assert process.exitcode == 2, errors
+    assert "error:" in errors
+    assert {"the set vanishes": str(root / "train"), "the worker is killed": "data.workers"}[fault] in errors
+    assert f"to go on, type: mitnet-fast train --resume --run {folder}" in errors
+    assert "Traceback" not in errors
+    if fault == "the set vanishes":
+        (tmp_path / "elsewhere").rename(root)
+    goes_on(folder)
 
 
 def test_ctrl_c_stops_a_run_that_can_go_on(images, tmp_path):
