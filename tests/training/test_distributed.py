@@ -87,23 +87,25 @@ def assert_same_weights(two: dict, one: dict, optimizer: str, modules: tuple[str
     """The same weights to rounding, where Adam does not make a step of what is nothing but rounding.
 
     Some gradients are zero but for rounding, such as those of biases of keys in front of a softmax; Adam divides every
-    gradient by its size, and so moves their weights by as much as all others.
+    gradient by its size, and so moves their weights by as much as all others. So its means of the gradients are
+    compared everywhere, and the weights where gradients are far above rounding.
     """
     system = build_system(small_config(run.removesuffix("-eval"), *OVERRIDES[run]), torch.device("cpu"))
     names = [
         (module, name) for module in modules for name, p in system.modules[module].named_parameters() if p.requires_grad
     ]
-    state = one["optimizers"][optimizer]["state"]
-    sizes = {index: entry["exp_avg_sq"].sqrt() for index, entry in state.items()}
-    least = 0.01 * torch.cat([size.flatten() for size in sizes.values()]).median()
-    compared = 0
+    states = [each["optimizers"][optimizer]["state"] for each in (two, one)]
+    sizes = {index: entry["exp_avg_sq"].sqrt() for index, entry in states[1].items()}
+    assert set(states[0]) == set(sizes)
+    largest, compared = max(float(size.max()) for size in sizes.values()), 0
     for index, size in sizes.items():
+        actual, expected = (state[index]["exp_avg"] for state in states)
+        assert (actual - expected).abs().max() <= 1e-4 * size.max() + 1e-5 * largest
         module, name = names[index]
-        actual, expected = (states["modules"][module][name][size > least] for states in (two, one))
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
+        actual, expected = (each["modules"][module][name][size > 1e-4 * largest] for each in (two, one))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
         compared += actual.numel()
-    assert compared > 0.8 * sum(size.numel() for size in sizes.values())
-    assert set(two["optimizers"][optimizer]["state"]) == set(state)
+    assert compared > 0.25 * sum(size.numel() for size in sizes.values())
 
 
 @pytest.mark.parametrize(

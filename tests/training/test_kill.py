@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("system", EVERYTHING)
 def test_a_run_that_is_killed_24_times_ends_as_if_it_had_not_been(system, tmp_path):
-    killed_again_and_again(system, 24, 24, tmp_path, seed=1)
+    killed_again_and_again(system, 16, 24, tmp_path, seed=1)
 
 
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_it(tmp_path):
