@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from . import __version__
+from ._interrupt import STOPPED, interruptible
 
 app = typer.Typer(
     name="mitnet-fast",
@@ -27,6 +28,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets on disk.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 console = Console()
+
+EXPECTED = (ValueError, OSError, RuntimeError, MemoryError)
+"""What users and their machines do wrong; any other exception is a defect."""
 
 Weights = Annotated[
     Path, typer.Option("--weights", "-w", help="Weights: .safetensors, a run's checkpoint, or a published .pt / .pth.")
@@ -61,6 +65,8 @@ def demo(
     """Train a small network on real photographs for some minutes and show what it learned."""
     from .demo import run_demo
 
+    interruptible()
+
     run_demo(output, system=system, seed=seed, console=console)
 
 
@@ -91,6 +97,8 @@ def train(
 
     from .training import PRESETS, load_changes, load_config, to_yaml
     from .training import train as run_training
+
+    interruptible()
 
     if checkpoint and not resume:
         raise typer.BadParameter("a checkpoint is there to --resume from", param_hint="--checkpoint")
@@ -127,7 +135,7 @@ def train(
         console=console,
     )
     if not result.finished and max_steps is None:
-        raise typer.Exit(130)
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
@@ -142,11 +150,11 @@ def dehaze(
     suffix: Annotated[str, typer.Option(help="Added to the name of every result.")] = "",
     extension: Annotated[str | None, typer.Option(help="Format of the results, such as .png; as the input's.")] = None,
     tile: Annotated[
-        int | None, typer.Option(min=64, help="Side of the tiles, pixels; whole images by default.")
-    ] = None,
+        str, typer.Option(help="Side of the tiles, pixels, or none; auto takes tiles where memory is short.")
+    ] = "auto",
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")] = 32,
     compare: Annotated[
-        bool, typer.Option("--compare", help="With --tile: restore whole images too and report the deviation.")
+        bool, typer.Option("--compare", help="Report how far tiles are from whole images, by restoring these too.")
     ] = False,
     self_ensemble: Annotated[bool, typer.Option("--self-ensemble", help="Average over 8 flips and rotations.")] = False,
     device: Device = "auto",
@@ -158,6 +166,10 @@ def dehaze(
     from .inference import dehaze_files
     from .weights import load_weights
 
+    interruptible()
+
+    if not re.fullmatch(r"auto|none|\d+", tile) or (tile.isdecimal() and int(tile) < 64):
+        raise typer.BadParameter(f"expected auto, none, or pixels from 64 up, got {tile!r}", param_hint="--tile")
     model, card = load_weights(weights, _device(device))
     _describe(card)
     with _progress("dehazing") as advance:
@@ -170,7 +182,7 @@ def dehaze(
             recursive=recursive,
             suffix=suffix,
             extension=extension,
-            tile=tile,
+            tile=int(tile) if tile.isdecimal() else {"none": None}.get(tile, tile),
             overlap=overlap,
             compare=compare,
             self_ensemble=self_ensemble,
@@ -200,6 +212,8 @@ def evaluate(
     from .evaluation import evaluate as run_evaluation
     from .weights import load_weights
 
+    interruptible()
+
     dataset = PairedImages(folder, None if split == "all" else split, layout=layout)
     model, card = load_weights(weights, _device(device))
     _describe(card)
@@ -217,6 +231,67 @@ def evaluate(
         _line(f"scores of each image: {csv}")
     if evaluation.failures:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    weights: Weights,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The package to write, NAME.pt2 or NAME.onnx.")],
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the images that it takes, any.")] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Images of many sizes instead of one.")] = False,
+    format: Annotated[
+        str, typer.Option(help="torch (torch.export), aoti (compiled by AOTInductor) or onnx.")
+    ] = "torch",
+    backend: Annotated[
+        str | None, typer.Option(help="reference: needs nothing but torch; or cpp, triton; the best by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Write a network as a package that runs without its Python code."""
+    from .export import check_format
+    from .export import export as export_network
+    from .weights import load_weights
+
+    interruptible()
+
+    check_format(format, backend)
+    if (size is None) != dynamic:
+        raise typer.BadParameter("expected either a size, such as 480x640, or --dynamic", param_hint="--size")
+    sides = re.fullmatch(r"(\d+)[x×](\d+)", size or "1x1")
+    if sides is None:
+        raise typer.BadParameter(f"expected HEIGHTxWIDTH, such as 480x640, got {size!r}", param_hint="--size")
+    model, card = load_weights(weights, _device(device))
+    _describe(card)
+    description = export_network(
+        model,
+        output,
+        size=None if dynamic else (int(sides[1]), int(sides[2])),
+        format=format,
+        backend=backend,
+        card=card,
+        overwrite=overwrite,
+    )
+    image = description["image"]
+    if dynamic:
+        _line(
+            f"{output} takes images [1, 3, H, W] in [0, 1], H and W multiples of {image['multiple']} from "
+            f"{image['smallest']}: continue others by reflection at the right and bottom, and crop the result"
+        )
+    else:
+        _line(f"{output} takes images [1, 3, {image['height']}, {image['width']}] in [0, 1]")
+    _line(f"results differ from the network's own by {description['deviation']:.1e} at most, for a random image")
+    if description["needs"]:
+        operators = ", ".join(name.removesuffix(".default") for name in description["operators"])
+        _line(f"it calls {operators}: `import mitnet_fast.ops` before loading it, or use --backend reference")
+    elif format != "onnx":
+        _line("it needs nothing but torch")
+    load = {
+        "torch": "torch.export.load(path).module()",
+        "aoti": "torch._inductor.aoti_load_package(path), on this kind of processor",
+        "onnx": "onnxruntime.InferenceSession(path)",
+    }
+    _line(f"load it by {load[format]}; made with torch {description['versions']['torch']} on {description['device']}")
 
 
 @data_app.command("check")
@@ -251,6 +326,8 @@ def data_depth(
     """Compute depth maps of the clear images with a pretrained network, and keep them; goes on where it stopped."""
     from .data.teacher import DEFAULT_TEACHER, estimate_depth, load_teacher
 
+    interruptible()
+
     network = load_teacher(teacher or DEFAULT_TEACHER, _device(device))
     with _progress("estimating depth") as advance:
         summary = estimate_depth(
@@ -271,6 +348,8 @@ def verify(
 ) -> None:
     """Check every kernel that can run here against float64."""
     from .verify import verify as run_verification
+
+    interruptible()
 
     with _progress("verifying") as advance:
         verification = run_verification(family, backend, random_cases=random_cases, progress=advance)
@@ -307,6 +386,8 @@ def bench(
     from .benchmarks.models import NETWORKS
     from .ops._backends import FAMILIES
 
+    interruptible()
+
     networks = tuple(NETWORKS) if network is None else tuple(name for name in network if name != "none")
     chosen = _device(device).partition(":")[0]
     benchmark.run(
@@ -325,15 +406,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the encoding does not know is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
-    except SystemExit as end:
+    except (SystemExit, KeyboardInterrupt) as end:
         if not _interrupted(end):
             raise
         Console(stderr=True).print("stopped")
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(STOPPED)
+    except EXPECTED as error:
         message = Text.assemble(("error:", "bold red"), " ", str(error) or type(error).__name__)
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)

@@ -9,9 +9,11 @@ whatever the writer knows about training data and scores. Read as well are the p
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,7 @@ def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu
 
     Raises:
         FileNotFoundError: no such file.
-        WeightsError: none of these files, damaged, or of a newer version than this.
+        WeightsError: none of these files, damaged, of a newer version than this, or with values that are not finite.
         CheckpointError: a published checkpoint with missing, unknown or misshapen entries.
     """
     path = Path(path)
@@ -139,6 +141,7 @@ def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     model, card = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
+    check_finite(model, path)
     return model.to(device).eval(), card
 
 
@@ -153,6 +156,16 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     return _load_card(path)
+
+
+def check_finite(model: nn.Module, source: object) -> None:
+    """Raise WeightsError unless all weights of ``model`` are finite; ``source`` is what the message names."""
+    broken = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    if broken:
+        raise WeightsError(
+            f"{source}: {len(broken)} of its tensors hold values that are not finite, such as {broken[0]}: "
+            "the training that wrote them had diverged"
+        )
 
 
 def system_of(model: nn.Module) -> str:
@@ -208,8 +221,47 @@ def build_network(system: object, config: object, source: Path) -> nn.Module:
         raise WeightsError(f"{source}: system is {system!r}, known are {', '.join(NETWORKS)}")
     try:
         return DepthSharingDCMPNet.from_config(**config) if system == SHARED else NETWORKS[system](**config)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a card may say anything
         raise WeightsError(f"{source}: its configuration does not fit {system}: {error}") from error
+
+
+def _network_with(system: object, config: object, state: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
+    """The network that a card describes, with the weights beside it; memory is taken only once the two agree."""
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: its weights hold more than tensors")
+    tensors, values = len(state), sum(value.numel() for value in state.values())
+    # no network has more blocks than tensors, nor a U-Net that joins all pairs of its levels more pairs
+    limits = {"depths": tensors, "depth": math.isqrt(tensors)}
+    for name, number in _numbers(config):
+        if not abs(number) <= limits.get(name, values):
+            raise WeightsError(f"{path}: its configuration does not fit its {tensors} tensors: {name} is {number}")
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in build_network(system, config, path).state_dict().items()}
+    problems = [f"missing: {name}" for name in expected if name not in state]
+    problems += [f"unknown: {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} is {list(state[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(f"{path}: its tensors are not those of its configuration: {'; '.join(problems[:5])}{more}")
+    model = build_network(system, config, path)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _numbers(config: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a configuration, each under the innermost name above it."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _numbers(value, str(key))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):
+        yield name, config
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -228,7 +280,7 @@ def _load_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(metadata[CARD])
         version = card["format"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise WeightsError(f"{path}: safetensors without a card of mitnet_fast: what network is it?") from None
     if version != CARD_VERSION:
         raise WeightsError(f"{path}: card of format {version}, this version reads format {CARD_VERSION}")
@@ -237,11 +289,9 @@ def _load_card(path: Path) -> dict[str, Any]:
 
 def _load_safetensors(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     card = _load_card(path)
-    model = build_network(card.get("system"), card.get("config"), path)
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    _load_state(model, state, path)
-    return model, card
+    return _network_with(card.get("system"), card.get("config"), state, path), card
 
 
 def _load_torch(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -251,10 +301,10 @@ def _load_torch(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise WeightsError(f"{error} (nor is it a safetensors file)") from error
     if isinstance(content, Mapping) and content.get("format") == TRAINING_CHECKPOINT:
         weights = content.get("weights")
-        if not isinstance(weights, Mapping) or not {"system", "config", "state"} <= weights.keys():
+        whole = isinstance(weights, Mapping) and {"system", "config", "state"} <= weights.keys()
+        if not whole or not isinstance(weights["state"], Mapping):
             raise WeightsError(f"{path}: a checkpoint of mitnet_fast's training without its weights")
-        model = build_network(weights["system"], weights["config"], path)
-        _load_state(model, weights["state"], path)
+        model = _network_with(weights["system"], weights["config"], weights["state"], path)
         return model, {key: value for key, value in weights.items() if key != "state"}
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: expected a state dict, got {type(content).__name__}")
@@ -279,13 +329,7 @@ def _load_official(content: Mapping[str, Any], path: Path) -> tuple[nn.Module, d
     return model, {**describe(model), "source": "published checkpoint"}
 
 
+@cache
 def _official_names(network: type[nn.Module]) -> set[str]:
     with torch.device("meta"):
         return set(network().to_official())
-
-
-def _load_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from mitnet_fast import __version__
 from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, MITNet
+from mitnet_fast.models.official import PREFIXES, WRAPPERS
 from mitnet_fast.weights import (
     TRAINING_CHECKPOINT,
     DepthSharingDCMPNet,
@@ -89,17 +91,67 @@ def test_the_network_goes_to_the_device_that_is_asked_for(tmp_path):
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_published_mitnet_checkpoints_are_recognised_by_their_names(wrapped, tmp_path):
+WRAPPINGS = {
+    "bare": lambda state: state,
+    **{key: lambda state, key=key: {"epoch": 3, key: state} for key in WRAPPERS},
+    "in two": lambda state: {"model": {"state_dict": state, "step": 1}, "optimizer": {"lr": [0.1]}},
+    **{prefix: lambda state, prefix=prefix: prefixed(state, prefix) for prefix in PREFIXES},
+    "compiled, then parallel": lambda state: prefixed(prefixed(state, "_orig_mod."), "module."),
+    "averaged": lambda state: {"n_averaged": torch.tensor(7), **prefixed(state, "module.")},
+    "averaged, in a dictionary": lambda state: {"ema": {"n_averaged": torch.tensor(7), **prefixed(state, "module.")}},
+    "ordered": OrderedDict,
+    "parameters": lambda state: {name: torch.nn.Parameter(value) for name, value in state.items()},
+    "double precision": lambda state: {name: value.double() for name, value in state.items()},
+}
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_published_mitnet_checkpoints_are_recognised_in_every_wrapping(wrapping, legacy, tmp_path):
     torch.manual_seed(0)
     model = MITNet(width=2)
-    state = model.to_official()
     path = tmp_path / "anything.pth"
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}} if wrapped else state, path)
+    content = WRAPPINGS[wrapping](model.to_official())
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     loaded, card = load_weights(path)
     assert_same_network(loaded, model)
     assert card == {**describe(model), "source": "published checkpoint"}
     assert (card["system"], card["width"], card["config"]) == ("mitnet", 2, model.config)
+
+
+def test_a_published_checkpoint_goes_round(tmp_path):
+    torch.manual_seed(0)
+    model = MITNet(width=2)
+    official = model.to_official()
+    torch.save({"params": official}, tmp_path / "published.pth")
+    loaded, card = load_weights(tmp_path / "published.pth")
+    known = {"source": card["source"], "data": "ITS", "scores": {"full-rgb": {"psnr": 40.23, "ssim": 0.992}}}
+    again, card = load_weights(save_weights(tmp_path / "own.safetensors", loaded, known))
+    assert {name: card[name] for name in known} == known
+    back = again.to_official()
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[name], value) for name, value in official.items())
+
+
+@pytest.mark.parametrize("kind", ["own", "published", "run"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(kind, value, tmp_path):
+    model = MITNet(width=2)
+    model.to_image.bias.data[1] = value
+    path = tmp_path / "diverged"
+    if kind == "own":
+        save_weights(path, model)
+    elif kind == "published":
+        torch.save(model.to_official(), path)
+    else:
+        weights = {**describe(model), "state": model.state_dict()}
+        torch.save({"format": TRAINING_CHECKPOINT, "weights": weights}, path)
+    with pytest.raises(WeightsError, match=r"diverged: 1 of its tensors hold .* not finite, such as to_image\.bias"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("network", [DCMPNet, DepthNet])
@@ -140,8 +192,12 @@ def rewrite(path, **fields):
         ({"config": None}, "configuration does not fit mitnet"),
         ({"config": {"width": 2, "colour": 1}}, "configuration does not fit mitnet: .*colour"),
         ({"config": {"width": 0}}, "configuration does not fit mitnet: width"),
-        ({"config": {"width": 3, "depth": 3}}, "size mismatch"),
-        ({"config": {"width": 2, "depth": 2}}, "Unexpected key"),
+        ({"config": {"width": 3, "depth": 3}}, r"amplitude_stem\.weight is \[2, 3, 3, 3\] instead of \[3, 3, 3, 3\]"),
+        ({"config": {"width": 2, "depth": 2}}, "unknown: "),
+        ({"config": {"width": 2, "depth": 4}}, "missing: .* and [0-9]+ more"),
+        ({"config": {"width": 10**9}}, "does not fit its [0-9]+ tensors: width is 1000000000"),
+        ({"config": {"depth": 1000}}, "does not fit its [0-9]+ tensors: depth is 1000"),
+        ({"config": {"negative_slope": float("nan")}}, "negative_slope is nan"),
     ],
 )
 def test_a_card_that_does_not_fit_is_refused(fields, message, tmp_path):
@@ -218,6 +274,11 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         ({"format": TRAINING_CHECKPOINT}, "without its weights"),
         ({"format": TRAINING_CHECKPOINT, "weights": [1]}, "without its weights"),
         ({"format": TRAINING_CHECKPOINT, "weights": {"system": ["x"], "config": {}, "state": {}}}, "system is"),
+        ({"format": TRAINING_CHECKPOINT, "weights": {"system": "mitnet", "config": {}, "state": 3}}, "without its"),
+        (
+            {"format": TRAINING_CHECKPOINT, "weights": {"system": "mitnet", "config": {}, "state": {"a": 3}}},
+            "its weights hold more than tensors",
+        ),
     ],
 )
 def test_checkpoints_that_lie_about_themselves_are_refused(content, message, tmp_path):

@@ -8,6 +8,7 @@ dictionary inverted. So what ``from_official`` accepts is exactly what ``to_offi
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -17,7 +18,12 @@ from torch import nn
 NameTable = Sequence[tuple[str, str]]
 
 # the keys under which training scripts usually put a state dict
-WRAPPERS = ("state_dict", "model_state_dict", "model", "params_ema", "params", "network", "net", "generator")
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "params_ema", "params", "network", "net", "generator", "weights"),
+    *("netG", "net_g", "ema_state_dict", "model_ema", "ema"),
+)
+# what data-parallel training, torch.compile and modules around the network put before every name
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "generator.", "netG.")
 
 
 class CheckpointError(ValueError):
@@ -32,7 +38,9 @@ def load_tensors(path: str | PathLike[str]) -> object:
         CheckpointError: the file is damaged, no such file, or holds more than tensors and plain data.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what it does not know of a damaged file it takes for news
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises whatever its unpickler meets
@@ -49,8 +57,8 @@ def read_official(source: str | PathLike[str] | Mapping[str, object]) -> dict[st
 
     Args:
         source: a ``.pt`` / ``.pth`` path, or a mapping already read. A state dict inside a
-            dictionary (``state_dict``, ``model``, ``params``, …) and a ``module.`` prefix, as
-            data-parallel training leaves it, are unwrapped.
+            dictionary (``state_dict``, ``model``, ``params``, …), prefixes of all names such as
+            ``module.``, and the counter of averaged weights are unwrapped.
 
     Raises:
         FileNotFoundError: no such file.
@@ -71,8 +79,10 @@ def read_official(source: str | PathLike[str] | Mapping[str, object]) -> dict[st
     if foreign:
         raise CheckpointError(f"source: a state dict holds tensors only, but these are none: {', '.join(foreign[:5])}")
     state = {str(key): value for key, value in content.items()}
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(state) > 1:
+        state.pop("n_averaged", None)  # torch.optim.swa_utils counts beside the weights
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

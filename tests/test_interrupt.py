@@ -1,0 +1,100 @@
+"""Ctrl-C at any moment of a command: exit code 130, at most one line, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mitnet_fast.models import MITNet
+from mitnet_fast.weights import save_weights
+
+IMAGES = 300
+# Python tells of every module that it has imported, on the error stream: moments that can be counted.
+COMMAND = [sys.executable, "-X", "importtime", "-m", "mitnet_fast", "dehaze", "in", "-w", "w.safetensors", "-o", "out"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interrupt")
+    torch.manual_seed(0)
+    save_weights(folder / "w.safetensors", MITNet(width=1, depth=2))
+    (folder / "in").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for index in range(IMAGES):
+        Image.fromarray(pixels).save(folder / f"in/{index}.png")
+    return folder
+
+
+def interrupted(folder: Path, modules: int, seconds: float = 0) -> tuple[int, list[str], list[Path]]:
+    """Stop the command so many modules, at least one, after its handler's, and so many seconds after these.
+
+    Returns:
+        Exit code, the lines of its error stream that are not about imports, and what lies in the output folder.
+    """
+    process = subprocess.Popen(
+        COMMAND, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    said, started, left = [], False, modules
+    for line in process.stderr:
+        if not line.startswith("import time:"):
+            said.append(line)
+            continue
+        left -= started
+        started = started or line.rstrip().endswith("mitnet_fast._interrupt")
+        if started and left <= 0:
+            break
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    said += [line for line in rest.splitlines(keepends=True) if not line.startswith("import time:")]
+    return process.returncode, said, sorted((folder / "out").rglob("*")) if (folder / "out").exists() else []
+
+
+def check(folder: Path, modules: int, seconds: float = 0) -> int:
+    """Assert that the command ends as it should, and return the number of images that it had written."""
+    code, said, files = interrupted(folder, modules, seconds)
+    assert code == 130, said
+    assert said in ([], ["stopped\n"])
+    for file in files:
+        assert file.suffix == ".png"
+        with Image.open(file) as image:
+            image.load()
+            assert image.size == (64, 64)
+        file.unlink()
+    return len(files)
+
+
+def test_while_modules_are_imported(folder: Path) -> None:
+    assert check(folder, 5) == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(15))
+def test_at_any_module(seed: int, folder: Path) -> None:
+    check(folder, random.Random(seed).randrange(1, 1000))
+
+
+@pytest.mark.exhaustive
+def test_while_images_are_restored(folder: Path) -> None:
+    last = "mitnet_fast.inference"
+    answer = subprocess.run(COMMAND, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-500:]
+    modules = [
+        line.rstrip().rpartition("|")[2].strip() for line in answer.stderr.splitlines() if "import time:" in line
+    ]
+    imported = modules.index(last) - modules.index("mitnet_fast._interrupt")
+    for file in (folder / "out").iterdir():
+        file.unlink()
+    written = [check(folder, imported, random.Random(seed).uniform(0, 1.5)) for seed in range(10)]
+    assert 0 < max(written) < IMAGES
