@@ -215,7 +215,7 @@ setup(
     # bare names are everybody's: triton_kernels belongs to another project on PyPI
     package_dir={"mitnet_fast.benchmarks": "benchmarks", "mitnet_fast.triton_kernels": "triton_kernels"},
     package_data={
-        "mitnet_fast": ["py.typed"],
+        "mitnet_fast": ["py.typed", "*.json"],
         "mitnet_fast.ops": ["*.json"],
         "mitnet_fast.triton_kernels": ["tuned/*.json"],
     },

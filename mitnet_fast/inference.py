@@ -4,7 +4,8 @@ Both networks look at the whole image, so tiles are never exact. They overlap an
 
     y = Σ wᵢ · yᵢ / Σ wᵢ,    w = s(min(1, distance to the tile's edge / overlap)) on each axis, s(t) = t²·(3 − 2·t),
 
-and the deviation from the full frame can be reported.
+and the deviation from the full frame can be reported. An image whose restoration would not fit into memory
+(:mod:`mitnet_fast.memory`) is restored in tiles by itself, and says so.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
+from PIL import Image
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
-from .data.images import EXTENSIONS, check_writable, read_image, write_image
+from . import memory
+from .data.images import EXTENSIONS, check_writable, read_image, read_size, write_image
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AUTO = "auto"
+CPU = torch.device("cpu")
 
 Restoration = Callable[[torch.Tensor], torch.Tensor]
 
@@ -119,7 +126,7 @@ def dehaze_files(
     recursive: bool = False,
     suffix: str = "",
     extension: str | None = None,
-    tile: int | None = None,
+    tile: int | Literal["auto"] | None = AUTO,
     overlap: int = 64,
     compare: bool = False,
     self_ensemble: bool = False,
@@ -140,9 +147,11 @@ def dehaze_files(
         recursive: take images from folders within folders too; results lie in folders of the same names.
         suffix: added to every result's stem.
         extension: of the results, such as ".png"; None keeps each input's, or ".png" where that names no format.
-        tile: largest side of the windows to restore one by one, pixels; None restores whole images.
+        tile: largest side of the windows to restore one by one, pixels; None restores whole images, "auto" those that
+            fit into memory, and others in the largest tiles that do.
         overlap: least overlap of neighbouring tiles, pixels, below ``tile``.
-        compare: also restore the full frame and report how far the tiles are from it.
+        compare: also restore the full frame, or as much of its middle as fits into memory, and report how far the
+            tiles are from it.
         self_ensemble: mean over the eight flips and transpositions of each image: eight times the work.
         progress: called with the number of files done, of all, and the last one's result.
 
@@ -155,7 +164,7 @@ def dehaze_files(
             then.
         OSError: ``output_dir`` cannot be made or written to.
     """
-    check_tiling(tile, overlap)
+    check_tiling(None if tile == AUTO else tile, overlap)
     check_dtype(dtype)
     if compare and tile is None:
         raise ValueError("compare: there is nothing to compare without tile")
@@ -169,17 +178,17 @@ def dehaze_files(
     if not os.access(output_dir, os.W_OK):
         raise PermissionError(f"output_dir: {output_dir} cannot be written to")
     run = partial(restore, model, device=place_of_model, dtype=dtype, overlap=overlap, self_ensemble=self_ensemble)
+    largest_tile = partial(_largest_tile, memory.bytes_per_pixel(model, place_of_model, dtype), place_of_model)
     started = time.perf_counter()
     results = []
     for source, target in jobs:
         try:
             if target.exists() and not overwrite:
                 raise FileExistsError(f"{target} exists; overwrite=True replaces it")
-            result = _dehaze_file(run, source, target, tile, compare)
-        except torch.OutOfMemoryError as error:
-            result = FileResult(source, target, f"out of memory; smaller tiles need less: {error}")
+            result = _dehaze_file(run, largest_tile, source, target, tile, overlap, compare)
         except Exception as error:  # whatever one file meets, the others are still worth restoring
-            result = FileResult(source, target, str(error) or type(error).__name__)
+            advice = "out of memory; smaller tiles need less: " if _is_out_of_memory(error) else ""
+            result = FileResult(source, target, advice + (str(error) or type(error).__name__))
         results.append(result)
         if progress:
             progress(len(results), len(jobs), result)
@@ -285,8 +294,9 @@ def check_restores(model: nn.Module) -> None:
 
 
 def check_tiling(tile: int | None, overlap: int) -> None:
-    """Raise ValueError unless ``tile`` is None or at least 1 and ``overlap`` below it."""
-    if tile is not None and (tile < 1 or not 0 <= overlap < tile):
+    """Raise ValueError unless ``tile`` is None or at least 1, and ``overlap`` below it and not negative."""
+    fits = tile is None or (isinstance(tile, int) and tile >= 1 and overlap < tile)
+    if not fits or overlap < 0:
         raise ValueError(f"tile and overlap: expected tile ≥ 1 and 0 ≤ overlap < tile, got {tile} and {overlap}")
 
 
@@ -297,22 +307,102 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 def _dehaze_file(
-    run: Callable[..., tuple[torch.Tensor, float]], source: Path, target: Path, tile: int | None, compare: bool
+    run: Callable[..., tuple[torch.Tensor, float]],
+    largest_tile: Callable[[tuple[int, int]], int | None],
+    source: Path,
+    target: Path,
+    tile: int | str | None,
+    overlap: int,
+    compare: bool,
 ) -> FileResult:
-    image = read_image(source)
+    with warnings.catch_warnings(record=True) as warned:  # decoders speak of damage and size, several times over
+        warnings.simplefilter("always")
+        size = read_size(source)
+        _check_files_fit(size)
+        image = read_image(source)
     check_writable(target, alpha=image.alpha is not None, bits=image.bits)
-    hazy = image.rgb[None]
-    restored, seconds = run(hazy, tile=tile)
+    hazy, deviation = image.rgb[None], None
+    notes = [*image.notes, *dict.fromkeys(_in_one_line(warning, size) for warning in warned)]
+    fits = largest_tile(size) if tile == AUTO or compare else None
+    restored, seconds, used = _restored(run, hazy, fits if tile == AUTO else tile, overlap, tile == AUTO)
+    if tile == AUTO and used is not None:
+        notes.append(f"does not fit into memory as a whole: restored in tiles of {used} pixels")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_image(target, restored[0], image.alpha, image.bits, image.icc_profile)
-    deviation, notes = None, list(image.notes)
-    if compare:
+    if compare and used is not None:
         try:
+            if fits is not None:
+                hazy, used = _sample(hazy, fits, used, overlap)
+                size = "×".join(map(str, hazy.shape[-2:]))
+                notes.append(f"compared in tiles of {used} pixels on the middle {size}, which fits into memory")
+                restored = run(hazy, tile=used)[0]
             difference = (restored - run(hazy, tile=None)[0]).abs() * 255
             deviation = Deviation(float(difference.mean()), float(difference.max()))
         except (RuntimeError, MemoryError) as error:  # most likely the memory that the tiles were to save
             notes.append(f"the full frame could not be computed: {error}")
     return FileResult(source, target, "", seconds, *image.rgb.shape[-2:], deviation, tuple(notes))
+
+
+def _sample(hazy: torch.Tensor, fits: int, tile: int, overlap: int) -> tuple[torch.Tensor, int]:
+    """The largest square in the middle that can be restored whole, and tiles that are smaller than it."""
+    side = min(fits, *hazy.shape[-2:])
+    rows, columns = (slice((length - side) // 2, (length + side) // 2) for length in hazy.shape[-2:])
+    return hazy[..., rows, columns], tile if tile < side else max(side // 2, overlap + 1)
+
+
+def _restored(
+    run: Callable[..., tuple[torch.Tensor, float]], hazy: torch.Tensor, tile: int | None, overlap: int, adapt: bool
+) -> tuple[torch.Tensor, float, int | None]:
+    """Result, seconds and tile; ``adapt`` takes ever smaller tiles where the device's memory ends after all."""
+    while True:
+        if adapt and tile is not None and tile <= overlap:
+            raise MemoryError(f"tiles of {tile} pixels fit, which is not above the overlap of {overlap}")
+        try:
+            return *run(hazy, tile=tile), tile
+        except torch.OutOfMemoryError:
+            smaller = (tile or max(hazy.shape[-2:])) // 2 // 64 * 64
+            if not adapt or smaller < memory.SMALLEST_TILE:
+                raise
+        tile = smaller
+
+
+def _in_one_line(warning: warnings.WarningMessage, size: tuple[int, int]) -> str:
+    if issubclass(warning.category, Image.DecompressionBombWarning):
+        return f"{size[0]}×{size[1]} pixels are more than most photographs have: is it one?"
+    return " ".join(str(warning.message).split())
+
+
+def _check_files_fit(size: tuple[int, int]) -> None:
+    """Raise MemoryError if not even the image (width, height) itself fits into memory; before it is decoded."""
+    needed, free = memory.MEASURED["files"] * size[0] * size[1], memory.free_bytes(CPU)
+    if free is not None and needed > memory.SHARE * free:
+        raise MemoryError(
+            f"{size[0]}×{size[1]} pixels need {memory.in_words(needed)} to be read and written, "
+            f"{memory.in_words(free)} are free"
+        )
+
+
+def _largest_tile(per_pixel: float | None, device: torch.device, size: tuple[int, int]) -> int | None:
+    """None for an image that can be restored whole, else the side of the largest tile that fits into memory.
+
+    Args:
+        per_pixel: bytes that the network needs, or None where that is not known.
+        device: where it runs.
+        size: width and height.
+
+    Raises:
+        MemoryError: not even the smallest tile fits.
+    """
+    pixels, free = size[0] * size[1], memory.free_bytes(device)
+    if per_pixel is None or free is None:
+        return None
+    if device.type == "cpu":
+        free = max(0, free - memory.MEASURED["files"] * pixels)
+    return None if per_pixel * pixels <= memory.SHARE * free else memory.largest_tile(per_pixel, free)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _ensemble(restoration: Restoration, image: torch.Tensor) -> torch.Tensor:
@@ -373,8 +463,10 @@ def _files_of(path: Path, output_dir: Path, recursive: bool) -> Sequence[tuple[P
     """The image files that an input stands for, each with its folder below the input."""
     if not path.exists():
         raise ValueError(f"inputs: no file or folder {path}")
-    if not path.is_dir():
+    if path.is_file():
         return [(path, Path())]
+    if not path.is_dir():  # a pipe would be waited for, for ever
+        raise ValueError(f"inputs: {path} is neither a file nor a folder")
     # Results of an earlier run within the folder are no inputs.
     written = output_dir.resolve() if recursive and output_dir.resolve() != path.resolve() else None
     found = [

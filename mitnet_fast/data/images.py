@@ -7,6 +7,7 @@ give either the upper or the lower byte of each sample, so such a file is decode
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import zlib
@@ -222,7 +223,9 @@ def write_image(
                 "JPEG": {"quality": 95, "subsampling": 0},
                 "WEBP": {"lossless": True, "exact": True},
             }.get(file_format, {})
-            Image.fromarray(samples).save(stream, file_format, icc_profile=icc_profile, **options)
+            encoded = io.BytesIO()  # Pillow writes to a file past Python, which then knows no reason for a failure
+            Image.fromarray(samples).save(encoded, file_format, icc_profile=icc_profile, **options)
+            stream.write(encoded.getbuffer())
         elif file_format == "PNG":
             _write_png_16(stream, samples, icc_profile)
         else:
