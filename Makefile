@@ -7,6 +7,7 @@
 #   make verify      every kernel that can run here against float64
 #   make bench       speed and memory of operators and networks on this machine, minutes
 #   make lint        formatting and static checks
+#   make docs        every docstring as pages in docs/api
 #   make gpu-report OUT=folder   on a machine with a GPU: tests, checks, speed, memory checker
 
 PYTHON_FOR_VENV ?= python3
@@ -26,7 +27,7 @@ endif
 
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-all verify bench lint gpu-report clean $(if $(PYTHON),$(INSTALLED))
+.PHONY: demo test test-all verify bench lint docs gpu-report clean $(if $(PYTHON),$(INSTALLED))
 
 demo: $(INSTALLED)
 	$(PY) -m mitnet_fast demo $(DEMO_ARGS)
@@ -41,6 +42,12 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	git ls-files -z -- '*.cpp' '*.cu' '*.h' '*.cuh' | xargs -0 $(CLANG_FORMAT) --dry-run --Werror
+
+docs: $(INSTALLED)
+ifndef PYTHON
+	$(PY) -m pip install -q -e ".[docs]" --no-build-isolation
+endif
+	$(PY) -m pdoc --docformat google --output-directory docs/api mitnet_fast '!mitnet_fast.triton_kernels'
 
 verify: $(INSTALLED)
 	$(PY) -m mitnet_fast verify $(VERIFY_ARGS)
