@@ -32,9 +32,9 @@ from torch import nn
 
 from . import reference
 from .data.files import atomic_write
-from .models import DCMPNet
+from .models import DCMPNet, DepthSharingDCMPNet
 from .ops import use_backend
-from .weights import DepthSharingDCMPNet, check_finite, describe, versions
+from .weights import check_finite, describe, versions
 
 SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 """Formats, and what the names of their files end with."""

@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
-from .models import DCMPNet, MITNet
+from .models import DCMPNet, DepthSharingDCMPNet, MITNet
 from .ops import _amplitude_phase, _dynamic_filter, _window_attention
 from .ops._backends import choose
-from .weights import DepthSharingDCMPNet
 
 MEASURED: dict[str, object] = json.loads(Path(__file__).with_name("memory.json").read_text())
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")

@@ -25,7 +25,7 @@ from torch import nn
 
 from . import __version__
 from .data.files import atomic_write
-from .models import CheckpointError, DCMPNet, DepthNet, MITNet
+from .models import CheckpointError, DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from .models.official import load_tensors, read_official
 
 CARD = "mitnet_fast"
@@ -37,36 +37,6 @@ OWN_FIELDS = ("format", "system", "config", "width", "parameters", "versions")
 
 class WeightsError(ValueError):
     """A file of weights that cannot be read or is not what it says."""
-
-
-class DepthSharingDCMPNet(nn.Module):
-    """DCMPNet with ``share_depth`` together with the depth network whose map it takes.
-
-    Args:
-        dehazing: a DCMPNet built with ``share_depth=True``.
-        depth: the depth network that it was trained with.
-
-    Source: DCMPNet (CVPR 2024, arXiv 2403.01105); see :class:`~mitnet_fast.models.DCMPNet`.
-    """
-
-    def __init__(self, dehazing: DCMPNet, depth: DepthNet) -> None:
-        super().__init__()
-        self.dehazing = dehazing
-        self.depth = depth
-
-    @classmethod
-    def from_config(cls, dehazing: Mapping[str, Any], depth: Mapping[str, Any]) -> DepthSharingDCMPNet:
-        """Build both networks from what :attr:`config` holds."""
-        return cls(DCMPNet(**dehazing), DepthNet(**depth))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The arguments of :meth:`from_config`."""
-        return {"dehazing": self.dehazing.config, "depth": self.depth.config}
-
-    def restore(self, image: torch.Tensor) -> torch.Tensor:
-        """Restore hazy images [B, 3, H, W] in [0, 1] of any size; see :meth:`DCMPNet.restore`."""
-        return self.dehazing.restore(image, self.depth.estimate(image))
 
 
 NETWORKS: dict[str, type[nn.Module]] = {

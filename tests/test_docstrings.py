@@ -3,11 +3,13 @@
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
+from pydantic import BaseModel
 
 import mitnet_fast
-from mitnet_fast import losses, models, modules, ops
+from mitnet_fast import data, losses, models, modules, ops, training
 
 
 def modules_of_the_package():
@@ -39,7 +41,7 @@ def test_everything_public_has_a_docstring(name):
     assert not silent
 
 
-@pytest.mark.parametrize("package", [ops, modules, models, losses])
+@pytest.mark.parametrize("package", [ops, modules, models, losses, data, training])
 def test_what_is_exported_exists_and_is_sorted_into_all(package):
     assert sorted(package.__all__) == sorted(set(package.__all__))
     for name in package.__all__:
@@ -55,3 +57,21 @@ def test_operators_document_every_argument(function):
     for argument in inspect.signature(function).parameters:
         assert f"{argument}:" in function.__doc__ or f"{argument.removesuffix('s')}:" in function.__doc__, argument
     assert "Raises:" in function.__doc__
+
+
+PUBLIC = [
+    pytest.param(value, id=f"{package.__name__.removeprefix('mitnet_fast.')}.{name}")
+    for package in (ops, modules, models, losses, data, training)
+    for name in package.__all__
+    for value in [getattr(package, name)]
+    if inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, (Exception, BaseModel)))
+]
+
+
+@pytest.mark.parametrize("thing", PUBLIC)
+def test_public_functions_and_classes_document_every_argument(thing):
+    bases = thing.__mro__ if inspect.isclass(thing) else [thing]
+    text = "\n".join(base.__doc__ or "" for base in bases if base.__module__.startswith("mitnet_fast"))
+    named = set(re.findall(r"^ *((?:\w+, )*\w+):", text, re.MULTILINE))
+    documented = {word for names in named for word in names.split(", ")}
+    assert set(inspect.signature(thing).parameters) - {"args", "kwargs"} <= documented

@@ -13,9 +13,8 @@ from torch import nn
 
 from mitnet_fast import memory
 from mitnet_fast.inference import dehaze_files
-from mitnet_fast.models import DCMPNet, DepthNet, MITNet
+from mitnet_fast.models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.ops import use_backend
-from mitnet_fast.weights import DepthSharingDCMPNet
 
 CPU = torch.device("cpu")
 FIGURES = memory.MEASURED["restore"]["cpu"]

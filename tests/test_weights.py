@@ -12,11 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mitnet_fast import __version__
-from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, MITNet
+from mitnet_fast.models import CheckpointError, DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.models.official import PREFIXES, WRAPPERS
 from mitnet_fast.weights import (
     TRAINING_CHECKPOINT,
-    DepthSharingDCMPNet,
     WeightsError,
     describe,
     load_weights,

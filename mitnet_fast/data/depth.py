@@ -130,6 +130,10 @@ def write_card(folder: str | PathLike[str], kind: str, **details: object) -> Non
         folder: where the maps are.
         kind: "disparity" or "depth".
         details: whatever JSON holds: the teacher's name, versions.
+
+    Raises:
+        ValueError: unknown ``kind``.
+        OSError: the folder is missing or cannot be written.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")

@@ -117,7 +117,12 @@ def to_float(samples: torch.Tensor) -> torch.Tensor:
 
     Args:
         samples: uint8 or uint16, any shape.
+
+    Raises:
+        TypeError: samples of another type.
     """
+    if samples.dtype not in (torch.uint8, torch.uint16):
+        raise TypeError(f"samples: expected uint8 or uint16, got {samples.dtype}")
     return samples.to(torch.float32, memory_format=torch.contiguous_format) / torch.iinfo(samples.dtype).max
 
 
@@ -145,6 +150,12 @@ def read_pixels(path: str | PathLike[str]) -> Pixels:
 
 def read_size(path: str | PathLike[str]) -> tuple[int, int]:
     """Width and height of an image turned upright, from its header alone.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Pixels.
 
     Raises:
         ImageError: as `read_image` does, as far as the header shows it.

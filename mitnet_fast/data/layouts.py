@@ -174,7 +174,12 @@ LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A hazy image and its truth, as paths below the set's root."""
+    """A hazy image and its truth.
+
+    Args:
+        hazy: path of the hazy image below the set's root.
+        clear: path of the clear one.
+    """
 
     hazy: str
     clear: str

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -309,3 +309,33 @@ class DCMPNet(nn.Module):
                 raise ValueError(
                     f"depth_prior: expected a batch of {image.shape[0]} like image, got {depth_prior.shape[0]}"
                 )
+
+
+class DepthSharingDCMPNet(nn.Module):
+    """DCMPNet with ``share_depth`` together with the depth network whose map it takes.
+
+    Args:
+        dehazing: a DCMPNet built with ``share_depth=True``.
+        depth: the depth network that it was trained with.
+
+    Source: DCMPNet (CVPR 2024, arXiv 2403.01105); see :class:`DCMPNet`.
+    """
+
+    def __init__(self, dehazing: DCMPNet, depth: DepthNet) -> None:
+        super().__init__()
+        self.dehazing = dehazing
+        self.depth = depth
+
+    @classmethod
+    def from_config(cls, dehazing: Mapping[str, Any], depth: Mapping[str, Any]) -> DepthSharingDCMPNet:
+        """Build both networks from what :attr:`config` holds."""
+        return cls(DCMPNet(**dehazing), DepthNet(**depth))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of :meth:`from_config`."""
+        return {"dehazing": self.dehazing.config, "depth": self.depth.config}
+
+    def restore(self, image: torch.Tensor) -> torch.Tensor:
+        """Restore hazy images [B, 3, H, W] in [0, 1] of any size; see :meth:`DCMPNet.restore`."""
+        return self.dehazing.restore(image, self.depth.estimate(image))

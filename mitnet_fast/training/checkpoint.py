@@ -54,6 +54,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], keep_as: Path | None
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, with all tensors on the CPU.
 
+    Args:
+        path: of the file.
+
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: damaged, cut off, or no checkpoint of a training run of this version.

@@ -335,7 +335,11 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def to_yaml(config: Configuration) -> str:
-    """The whole configuration as YAML that :func:`load_config` reads back unchanged."""
+    """The whole configuration as YAML that :func:`load_config` reads back unchanged.
+
+    Args:
+        config: of any system.
+    """
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -24,8 +24,8 @@ from ..data.images import to_float
 from ..losses.dcmpnet import DCMPNetLoss
 from ..losses.mitnet import MITNetLoss
 from ..losses.mutual_information import LATENT
-from ..models import DCMPNet, DepthNet, MITNet
-from ..weights import DepthSharingDCMPNet, load_weights
+from ..models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
+from ..weights import load_weights
 from .config import ConfigError, Configuration, DCMPNetConfiguration, MITNetConfiguration, Schedule
 from .distributed import Processes
 from .sampler import Share
@@ -443,7 +443,16 @@ class DCMPNetSystem(System):
 
 
 def build_system(config: Configuration, device: torch.device, processes: Processes = ALONE) -> System:
-    """The system that a configuration describes, with new weights drawn from the global generator."""
+    """The system that a configuration describes, with new weights drawn from the global generator.
+
+    Args:
+        config: of the run.
+        device: where everything lives.
+        processes: that train together.
+
+    Raises:
+        ConfigError, FileNotFoundError, CheckpointError, RuntimeError: see the systems.
+    """
     return {"mitnet": MITNetSystem, "dcmpnet": DCMPNetSystem}[config.system](config, device, processes)
 
 

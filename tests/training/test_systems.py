@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mitnet_fast.losses.contrastive import CHANNELS
-from mitnet_fast.models import DCMPNet, MITNet
+from mitnet_fast.models import DCMPNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.training import ConfigError, TrainingDiverged, build_system
 from mitnet_fast.training.sampler import Share
-from mitnet_fast.weights import DepthSharingDCMPNet, save_weights
+from mitnet_fast.weights import save_weights
 
 from .samples import batch_of, small_config
 
