@@ -214,6 +214,21 @@ def test_the_same_seed_gives_the_same_scores(run, tmp_path):
     assert again.comparisons == run.result.comparisons
 
 
+@pytest.mark.exhaustive
+def test_the_whole_demo_restores_photographs_it_never_saw_without_a_cast(tmp_path):
+    result = demo.run_demo(tmp_path, console=Console(file=io.StringIO()))
+    assert result.gain("hazy") > 3
+    assert result.gain("stretched") > 1
+    assert result.mean("restored", held_out=True).ssim > result.mean("stretched", held_out=True).ssim
+    whole = Run(tmp_path, result, "", [])
+    for each in result.comparisons:
+        if each.held_out:
+            _, restored, clear = (read_image(path).rgb for path in files_of(whole, each))
+            hue, expected = (image.mean((1, 2)) - image.mean() for image in (restored, clear))
+            assert float((hue - expected).abs().max()) < 0.15, each.file
+            assert float(hue.abs().max()) < float(expected.abs().max()) + 0.03, each.file  # never beyond the truth's
+
+
 def test_an_earlier_demo_is_replaced_and_another_seed_gives_other_haze(tmp_path):
     first, _ = run_tiny(tmp_path, "mitnet", "network.width=4", "run.epochs=1", draws=2)
     second, _ = run_tiny(tmp_path, "mitnet", "network.width=4", "run.epochs=1", draws=1, seed=1)

@@ -10,6 +10,7 @@ Layout: images [3, H, W] in [0, 1], depth [1, H, W] in metres, float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -48,6 +49,9 @@ SOURCES = {
     "rocket": Source("rocket.jpg", "SpaceX, public domain"),
     "hubble": Source("hubble_deep_field.jpg", "NASA, public domain"),
     "retina": Source("retina.jpg", "Häggström 2014, CC0"),
+    "camera": Source("camera.png", "Lav Varshney, CC0"),
+    "brick": Source("brick.png", "CC0 Textures, CC0"),
+    "grass": Source("grass.png", "linolafett, CC0"),
 }
 NAMES = tuple(SOURCES)
 
@@ -181,7 +185,8 @@ class HazyPhotographs(Dataset):
     Item i shows photograph i mod n. The window is a square whose side is a random share of the photograph's shorter
     side, shrunk (or enlarged) to the patch, flipped and transposed at random. Its haze is that of the scattering model
     at the photograph's own distances, I = J·t + A·(1 − t), t = exp(−β·Z), with β and a grey A uniform in their ranges.
-    All of it depends on (seed, epoch, index) alone.
+    A handful of photographs is no sample of the world's colours; so that a network does not learn theirs, colours may
+    be drawn nearer to or farther from grey, and channels exchanged. All of it depends on (seed, epoch, index) alone.
 
     Items hold "hazy" and "clear" [3, patch, patch], "depth" [1, patch, patch] (`nearness` of the whole photograph) and
     "name".
@@ -194,6 +199,8 @@ class HazyPhotographs(Dataset):
             uniform between them.
         beta: range of the scattering coefficient, 1/m.
         airlight: range of the haze's brightness, in [0, 1].
+        saturation: range of the factor on the distance of the colours from grey; what leaves [0, 1] is clipped.
+        exchanged: share of the items whose colour channels are put in random order.
         seed: at least 0.
 
     Raises:
@@ -209,6 +216,8 @@ class HazyPhotographs(Dataset):
         share: Range = (0.3, 1.0),
         beta: Range = (0.2, 0.5),
         airlight: Range = (0.7, 1.0),
+        saturation: Range = (1.0, 1.0),
+        exchanged: float = 0.0,
         seed: int = 0,
     ) -> None:
         if not photographs:
@@ -217,12 +226,18 @@ class HazyPhotographs(Dataset):
             raise ValueError(f"expected patch ≥ 1, views ≥ 1 and seed ≥ 0, got {patch=}, {views=}, {seed=}")
         if not 0 < share[0] <= share[1] <= 1:
             raise ValueError(f"share: expected a range within (0, 1], got {share}")
+        if not 0 <= saturation[0] <= saturation[1] < math.inf:
+            raise ValueError(f"saturation: expected a range with 0 ≤ low ≤ high, got {saturation}")
+        if not 0 <= exchanged <= 1:
+            raise ValueError(f"exchanged: expected a share in [0, 1], got {exchanged}")
         self.photographs = tuple(photographs)
         self.patch = patch
         self.views = views
         self.share = share
         self.beta = beta
         self.airlight = airlight
+        self.saturation = saturation
+        self.exchanged = exchanged
         self.seed = seed
         self._nearness = [nearness(photo.depth) for photo in photographs]
         # Shared with the workers, so that those that outlive an epoch see the next one's number.
@@ -249,8 +264,14 @@ class HazyPhotographs(Dataset):
             for image in (photo.rgb, photo.depth, self._nearness[chosen])
         )
         noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
+        clear = self._recoloured(clear, generator)
         hazy, _ = sample_haze(clear, depth, beta=self.beta, airlight=self.airlight, generator=noise)
         return {"hazy": hazy, "clear": clear, "depth": near, "name": photo.name}
+
+    def _recoloured(self, image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+        factor, order = generator.uniform(*self.saturation), generator.permutation(3)
+        image = torch.lerp(image.mean(0, keepdim=True), image, factor).clamp(0, 1)
+        return image[torch.from_numpy(order)] if generator.random() < self.exchanged else image
 
 
 def _resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from importlib import resources
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -33,6 +35,9 @@ SIZES = {
     "rocket": (427, 640),
     "hubble": (872, 1000),
     "retina": (1411, 1411),
+    "camera": (512, 512),
+    "brick": (512, 512),
+    "grass": (512, 512),
 }
 LOADERS = {"hubble": "hubble_deep_field"}
 
@@ -57,6 +62,8 @@ def test_photographs_are_scikit_images(name):
         expected = skimage.data.stereo_motorcycle()[0]
     else:
         expected = getattr(skimage.data, LOADERS.get(name, name))()
+    if expected.ndim == 2:
+        expected = np.repeat(expected[..., None], 3, axis=2)
     samples = (photo.rgb * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     # JPEG decoders may round differently
     tolerance = 0 if photo.name not in ("rocket", "hubble", "retina") else 2
@@ -227,6 +234,37 @@ def test_haze_stays_within_its_ranges():
     assert high - 0.06 < float(levels.max()) <= high
 
 
+def test_saturation_moves_colours_from_grey_by_its_factor(small):
+    plain = HazyPhotographs(small, patch=32, seed=5)
+    for factor in (0.0, 0.5):
+        altered = HazyPhotographs(small, patch=32, seed=5, saturation=(factor, factor))
+        for index in range(2):
+            clear, expected = altered[index]["clear"], plain[index]["clear"]
+            grey = expected.mean(0, keepdim=True)
+            torch.testing.assert_close(clear, grey + factor * (expected - grey))
+            assert torch.equal(altered[index]["depth"], plain[index]["depth"])
+    vivid = HazyPhotographs(small, patch=32, seed=5, saturation=(2.0, 2.0))[1]["clear"]
+    expected = plain[1]["clear"]
+    grey = expected.mean(0, keepdim=True)
+    torch.testing.assert_close(vivid, (2 * expected - grey).clamp(0, 1))
+    assert float((vivid - expected).abs().max()) > 0.1
+
+
+def test_channels_are_exchanged_in_their_share(small):
+    plain = HazyPhotographs(small, patch=8, views=100, seed=6)
+    assert torch.equal(plain[0]["clear"], HazyPhotographs(small, patch=8, views=100, seed=6, exchanged=0.0)[0]["clear"])
+    orders = Counter()
+    altered = HazyPhotographs(small, patch=8, views=100, seed=6, exchanged=0.6)
+    for index in range(200):
+        clear, expected = altered[index]["clear"], plain[index]["clear"]
+        (found,) = [order for order in permutations(range(3)) if torch.equal(clear, expected[list(order)])]
+        orders[found] += 1
+    # a sixth of the exchanged ones keep their order: 100 of 200, and 20 of each other order, are expected
+    assert 80 <= orders[0, 1, 2] <= 120
+    assert len(orders) == 6
+    assert all(8 <= count <= 34 for order, count in orders.items() if order != (0, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -236,6 +274,9 @@ def test_haze_stays_within_its_ranges():
         ({"seed": -1}, "seed"),
         ({"share": (0.5, 1.5)}, "share"),
         ({"share": (0.0, 1.0)}, "share"),
+        ({"saturation": (1.5, 1.0)}, "saturation"),
+        ({"saturation": (-0.5, 1.0)}, "saturation"),
+        ({"exchanged": 1.5}, "exchanged"),
     ],
 )
 def test_dataset_refuses(small, changes, message):
