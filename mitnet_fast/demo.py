@@ -2,8 +2,8 @@
 
 Photographs come with scikit-image (`mitnet_fast.data.photographs`), one of them with measured depth, the others with a
 planar ramp. Haze is made by the scattering model, I = J·t + A·(1 − t) with t = exp(−β·Z). In training colours are drawn
-away from grey, and channels exchanged in some windows: six photographs have a hue, which would become that of every
-result. Whole photographs are kept out of training, among them the one with measured depth; their haze is drawn
+away from grey, and channels exchanged in half of the windows: six photographs have a hue, which would become that of
+every result. Whole photographs are kept out of training, among them the one with measured depth; their haze is drawn
 independently from the same ranges of β and A. All scores are those of the 8-bit files on disk, which
 `mitnet-fast evaluate` reads as well:
 
@@ -48,7 +48,7 @@ HELD_OUT = ("motorcycle", "chelsea")
 BETA = (0.3, 0.6)  # 1/m, at distances of 2 m to 5 m
 AIRLIGHT = (0.8, 1.0)
 SATURATION = (1.0, 2.0)  # in training: vivid colours are worth restoring
-EXCHANGED = 0.3  # share of the training windows with channels in random order: no hue is the usual one
+EXCHANGED = 0.5  # share of the training windows with channels in random order: no hue is the usual one
 SHARE = (0.5, 1.0)  # side of a training window in units of the photograph's shorter side
 TRAINING_SIDE = 512  # longer side of the photographs that windows are taken from, pixels
 SIDE = 256  # longer side of the images that are scored, pixels
