@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from mitnet_fast.cli import app
 from mitnet_fast.export import ExportError, export, read_package
-from mitnet_fast.models import DCMPNet, DepthNet, MITNet
+from mitnet_fast.models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.ops import BackendError, use_backend
-from mitnet_fast.weights import DepthSharingDCMPNet, WeightsError, save_weights
+from mitnet_fast.weights import WeightsError, save_weights
 
 SMALL = {
     "widths": (4, 4, 4),

@@ -32,7 +32,7 @@ TINY = ("run.epochs=1", "run.steps_per_epoch=1", "data.batch=2", "data.patch=32"
 STEPS = 60
 SETTINGS = {
     "network": {"width": 8, "depth": 2},
-    "data": {"repeat": 16, "workers": 1},
+    "data": {"batch": 4, "repeat": 16, "workers": 1},
     "optimizer": {"clip": 1.0, "accumulate": 2},
     "run": {"epochs": 2, "steps_per_epoch": STEPS // 2, "ema": 0.8, "precision": "bfloat16", "device": "cpu"},
     "validation": {"every": 1},
