@@ -97,11 +97,25 @@ def amplitude_phase_conv_backward(tensors: Sequence[torch.Tensor]) -> float:
     return sum(map(size_of, tensors)) + 8 * spectrum_of(x) + 4 * spectrum_of(grad)
 
 
+def dense_block(tensors: Sequence[torch.Tensor]) -> float:
+    """Layers read all channels before them and write their own; the fusion reads all."""
+    x, bias = tensors[0], tensors[2]
+    return sum(map(size_of, tensors)) + size_of(x[:, :1]) * (7 * x.shape[1] + 4 * bias.shape[0])
+
+
+def dense_block_backward(tensors: Sequence[torch.Tensor]) -> float:
+    """The layers again, and back through them: features are read, gradients of all channels before read and written."""
+    x, bias = tensors[1], tensors[3]
+    return sum(map(size_of, tensors)) + size_of(x[:, :1]) * (24 * x.shape[1] + 15 * bias.shape[0])
+
+
 # Fused operators whose kernels move more than operands and results once: bytes from the operator's
 # tensors, results last.
 PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
     "amplitude_phase_conv": amplitude_phase_conv,
     "amplitude_phase_conv_backward": amplitude_phase_conv_backward,
+    "dense_block": dense_block,
+    "dense_block_backward": dense_block_backward,
 }
 
 

@@ -9,11 +9,14 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 #include "amplitude_phase/amplitude_phase_cpu.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "dynamic_filter/dynamic_filter_cpu.h"
+#include "feature_mixing/feature_mixing_cpu.h"
 #include "window_attention/window_attention_cpu.h"
 #ifdef MITNET_FAST_WITH_CUDA
 #include <c10/core/DeviceGuard.h>
@@ -642,6 +645,258 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
   return {if_defined(grad_qk), if_defined(grad_v), if_defined(grad_bias_table)};
 }
 
+using Gradients = std::vector<std::optional<at::Tensor>>;
+
+// Gradients of contiguous weights, empty where not needed, in the order of the arguments from `first` on.
+struct WeightGradients {
+  std::vector<at::Tensor> tensors;
+
+  WeightGradients(const std::vector<at::Tensor>& weights, const std::vector<bool>& needs, size_t first) {
+    TORCH_CHECK_VALUE(needs.size() == first + weights.size(), "needs: expected ", first + weights.size(),
+                      " entries, got ", needs.size());
+    for (size_t i = 0; i < weights.size(); ++i)
+      tensors.push_back(needs[first + i] ? at::empty(weights[i].sizes(), weights[i].options()) : at::Tensor());
+  }
+
+  void* data(size_t i) const { return tensors[i].defined() ? tensors[i].mutable_data_ptr() : nullptr; }
+
+  // After the gradients of maps.
+  Gradients behind(Gradients found) const {
+    for (const at::Tensor& tensor : tensors) found.push_back(if_defined(tensor));
+    return found;
+  }
+};
+
+FeatureMixingShape checked_features(const at::Tensor& x, int64_t hidden) {
+  check_map("x", x);
+  const DataType dtype = data_type(x);
+  if (!x.is_cpu()) no_kernels_for(x);
+  TORCH_CHECK_TYPE(dtype != DataType::float16, "x: dtype ", x.scalar_type(),
+                   " is not supported, allowed: float32, float64, bfloat16");
+  return {dtype, x.size(0), x.size(1), hidden, x.size(2), x.size(3)};
+}
+
+FeatureMixingShape checked_mlp(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
+                               const at::Tensor& weight2, const at::Tensor& bias2) {
+  TORCH_CHECK_VALUE(weight1.defined() && weight1.dim() == 2 && weight1.size(0) > 0,
+                    "weight1: expected shape [Ch, C], got ", weight1.sizes());
+  const auto shape = checked_features(x, weight1.size(0));
+  check_like("weight1", weight1, {shape.hidden, shape.channels}, x);
+  check_like("bias1", bias1, {shape.hidden}, x);
+  check_like("weight2", weight2, {shape.channels, shape.hidden}, x);
+  check_like("bias2", bias2, {shape.channels}, x);
+  return shape;
+}
+
+at::Tensor pointwise_mlp_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
+                                 const at::Tensor& weight2, const at::Tensor& bias2) {
+  const auto shape = checked_mlp(x, weight1, bias1, weight2, bias2);
+  const at::Tensor dense_weight1 = weight1.contiguous(), dense_bias1 = bias1.contiguous();
+  const at::Tensor dense_weight2 = weight2.contiguous(), dense_bias2 = bias2.contiguous();
+  const at::Tensor y = empty_for(x);
+  const PointwiseMlpForward call{shape,
+                                 view(x),
+                                 dense_weight1.const_data_ptr(),
+                                 dense_bias1.const_data_ptr(),
+                                 dense_weight2.const_data_ptr(),
+                                 dense_bias2.const_data_ptr(),
+                                 mutable_view(y)};
+  launch_on_cpu(feature_mixing_cpu_kernels().mlp_forward, call);
+  return y;
+}
+
+Gradients pointwise_mlp_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight1,
+                                 const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
+                                 const std::vector<bool>& needs) {
+  const auto shape = checked_mlp(x, weight1, bias1, weight2, bias2);
+  check_like("grad", grad, x.sizes(), x);
+  const WeightGradients grads({weight1, bias1, weight2, bias2}, needs, 1);
+  const at::Tensor dense_weight1 = weight1.contiguous(), dense_bias1 = bias1.contiguous();
+  const at::Tensor dense_weight2 = weight2.contiguous();
+  const at::Tensor grad_x = empty_for(x, needs[0]);
+  const PointwiseMlpBackward call{shape,
+                                  view(grad),
+                                  view(x),
+                                  dense_weight1.const_data_ptr(),
+                                  dense_bias1.const_data_ptr(),
+                                  dense_weight2.const_data_ptr(),
+                                  mutable_view(grad_x),
+                                  grads.data(0),
+                                  grads.data(1),
+                                  grads.data(2),
+                                  grads.data(3)};
+  launch_on_cpu(feature_mixing_cpu_kernels().mlp_backward, call);
+  return grads.behind({if_defined(grad_x)});
+}
+
+FeatureMixingShape checked_mixing(const at::Tensor& x, const at::Tensor& local_weight, const at::Tensor& local_bias,
+                                  const at::Tensor& proj_weight, const at::Tensor& proj_bias) {
+  const auto shape = checked_features(x, 0);
+  TORCH_CHECK_VALUE(shape.height >= 3 && shape.width >= 3, "x: needs at least 3×3 pixels, got shape ", x.sizes());
+  check_like("local_weight", local_weight, {shape.channels, 5, 5}, x);
+  check_like("local_bias", local_bias, {shape.channels}, x);
+  check_like("proj_weight", proj_weight, {shape.channels, shape.channels}, x);
+  check_like("proj_bias", proj_bias, {shape.channels}, x);
+  return shape;
+}
+
+FeatureMixingShape checked_local(const at::Tensor& x, const at::Tensor& value_weight, const at::Tensor& value_bias,
+                                 const at::Tensor& local_weight, const at::Tensor& local_bias,
+                                 const at::Tensor& proj_weight, const at::Tensor& proj_bias) {
+  const auto shape = checked_mixing(x, local_weight, local_bias, proj_weight, proj_bias);
+  check_like("value_weight", value_weight, {shape.channels, shape.channels}, x);
+  check_like("value_bias", value_bias, {shape.channels}, x);
+  return shape;
+}
+
+FeatureMixingShape checked_local_global(const at::Tensor& x, const at::Tensor& value, const at::Tensor& attended,
+                                        const at::Tensor& local_weight, const at::Tensor& local_bias,
+                                        const at::Tensor& proj_weight, const at::Tensor& proj_bias,
+                                        const at::Tensor& rescale, const at::Tensor& rebias) {
+  const auto shape = checked_mixing(x, local_weight, local_bias, proj_weight, proj_bias);
+  check_like("value", value, x.sizes(), x);
+  check_like("attended", attended, x.sizes(), x);
+  check_like("rescale", rescale, {shape.batch, shape.channels}, x);
+  check_like("rebias", rebias, {shape.batch, shape.channels}, x);
+  return shape;
+}
+
+// Contiguous tensors, and a pointer to the elements of each.
+struct DenseTensors {
+  std::vector<at::Tensor> tensors;
+
+  explicit DenseTensors(const std::vector<at::Tensor>& given) {
+    for (const at::Tensor& tensor : given) tensors.push_back(tensor.defined() ? tensor.contiguous() : tensor);
+  }
+
+  const void* data(size_t i) const { return tensors[i].defined() ? tensors[i].const_data_ptr() : nullptr; }
+};
+
+MixingWeights mixing_weights(const DenseTensors& dense) {
+  return {dense.data(0), dense.data(1), dense.data(2), dense.data(3),
+          dense.data(4), dense.data(5), dense.data(6), dense.data(7)};
+}
+
+at::Tensor local_mixing_forward(const at::Tensor& x, const at::Tensor& value_weight, const at::Tensor& value_bias,
+                                const at::Tensor& local_weight, const at::Tensor& local_bias,
+                                const at::Tensor& proj_weight, const at::Tensor& proj_bias) {
+  const auto shape = checked_local(x, value_weight, value_bias, local_weight, local_bias, proj_weight, proj_bias);
+  const DenseTensors dense(
+      {value_weight, value_bias, local_weight, local_bias, proj_weight, proj_bias, at::Tensor(), at::Tensor()});
+  const at::Tensor y = empty_for(x);
+  const LocalMixingForward call{shape, view(x), {}, {}, mixing_weights(dense), mutable_view(y)};
+  launch_on_cpu(feature_mixing_cpu_kernels().local_forward, call);
+  return y;
+}
+
+Gradients local_mixing_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& value_weight,
+                                const at::Tensor& value_bias, const at::Tensor& local_weight,
+                                const at::Tensor& local_bias, const at::Tensor& proj_weight,
+                                const at::Tensor& proj_bias, const std::vector<bool>& needs) {
+  const auto shape = checked_local(x, value_weight, value_bias, local_weight, local_bias, proj_weight, proj_bias);
+  check_like("grad", grad, x.sizes(), x);
+  const DenseTensors dense(
+      {value_weight, value_bias, local_weight, local_bias, proj_weight, proj_bias, at::Tensor(), at::Tensor()});
+  const WeightGradients grads({value_weight, value_bias, local_weight, local_bias, proj_weight, proj_bias}, needs, 1);
+  const at::Tensor grad_x = empty_for(x, needs[0]);
+  LocalMixingBackward call{shape, view(grad), view(x), {}, {}, mixing_weights(dense), mutable_view(grad_x)};
+  call.grad_value_weight = grads.data(0);
+  call.grad_value_bias = grads.data(1);
+  call.grad_local_weight = grads.data(2);
+  call.grad_local_bias = grads.data(3);
+  call.grad_proj_weight = grads.data(4);
+  call.grad_proj_bias = grads.data(5);
+  launch_on_cpu(feature_mixing_cpu_kernels().local_backward, call);
+  return grads.behind({if_defined(grad_x)});
+}
+
+at::Tensor local_global_mixing_forward(const at::Tensor& x, const at::Tensor& value, const at::Tensor& attended,
+                                       const at::Tensor& local_weight, const at::Tensor& local_bias,
+                                       const at::Tensor& proj_weight, const at::Tensor& proj_bias,
+                                       const at::Tensor& rescale, const at::Tensor& rebias) {
+  const auto shape =
+      checked_local_global(x, value, attended, local_weight, local_bias, proj_weight, proj_bias, rescale, rebias);
+  const DenseTensors dense(
+      {at::Tensor(), at::Tensor(), local_weight, local_bias, proj_weight, proj_bias, rescale, rebias});
+  const at::Tensor y = empty_for(x);
+  const LocalMixingForward call{shape, view(x), view(value), view(attended), mixing_weights(dense), mutable_view(y)};
+  launch_on_cpu(feature_mixing_cpu_kernels().local_forward, call);
+  return y;
+}
+
+// The gradient of x is the incoming one: it is left out.
+Gradients local_global_mixing_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& value,
+                                       const at::Tensor& attended, const at::Tensor& local_weight,
+                                       const at::Tensor& local_bias, const at::Tensor& proj_weight,
+                                       const at::Tensor& proj_bias, const at::Tensor& rescale, const at::Tensor& rebias,
+                                       const std::vector<bool>& needs) {
+  const auto shape =
+      checked_local_global(x, value, attended, local_weight, local_bias, proj_weight, proj_bias, rescale, rebias);
+  check_like("grad", grad, x.sizes(), x);
+  const DenseTensors dense(
+      {at::Tensor(), at::Tensor(), local_weight, local_bias, proj_weight, proj_bias, rescale, rebias});
+  const WeightGradients grads({local_weight, local_bias, proj_weight, proj_bias, rescale, rebias}, needs, 3);
+  const at::Tensor grad_value = empty_for(value, needs[1]), grad_attended = empty_for(attended, needs[2]);
+  LocalMixingBackward call{shape, view(grad), view(x), view(value), view(attended), mixing_weights(dense)};
+  call.grad_value = mutable_view(grad_value);
+  call.grad_attended = mutable_view(grad_attended);
+  call.grad_local_weight = grads.data(0);
+  call.grad_local_bias = grads.data(1);
+  call.grad_proj_weight = grads.data(2);
+  call.grad_proj_bias = grads.data(3);
+  call.grad_rescale = grads.data(4);
+  call.grad_rebias = grads.data(5);
+  launch_on_cpu(feature_mixing_cpu_kernels().local_backward, call);
+  return grads.behind({std::nullopt, if_defined(grad_value), if_defined(grad_attended)});
+}
+
+DenseBlockShape checked_dense(const at::Tensor& x, const at::Tensor& dense_weight, const at::Tensor& dense_bias,
+                              const at::Tensor& fuse_weight, const at::Tensor& fuse_bias) {
+  const auto shape = checked_features(x, 0);
+  TORCH_CHECK_VALUE(
+      dense_bias.defined() && dense_bias.dim() == 1 && dense_bias.size(0) > 0 && dense_bias.size(0) % dense_layers == 0,
+      "dense_bias: expected shape [", dense_layers, "·G], got ", dense_bias.sizes());
+  const int64_t c = shape.channels, growth = dense_bias.size(0) / dense_layers;
+  const int64_t inputs = dense_layers * c + dense_layers * (dense_layers - 1) / 2 * growth;
+  check_like("dense_weight", dense_weight, {9 * growth * inputs}, x);
+  check_like("dense_bias", dense_bias, {dense_layers * growth}, x);
+  check_like("fuse_weight", fuse_weight, {c, c + dense_layers * growth}, x);
+  check_like("fuse_bias", fuse_bias, {c}, x);
+  return {shape.dtype, shape.batch, c, growth, shape.height, shape.width};
+}
+
+at::Tensor dense_block_forward(const at::Tensor& x, const at::Tensor& dense_weight, const at::Tensor& dense_bias,
+                               const at::Tensor& fuse_weight, const at::Tensor& fuse_bias) {
+  const auto shape = checked_dense(x, dense_weight, dense_bias, fuse_weight, fuse_bias);
+  const DenseTensors dense({dense_weight, dense_bias, fuse_weight, fuse_bias});
+  const at::Tensor y = empty_for(x);
+  const DenseBlockForward call{
+      shape, view(x), {dense.data(0), dense.data(1), dense.data(2), dense.data(3)}, mutable_view(y)};
+  launch_on_cpu(dense_block_cpu_kernels().forward, call);
+  return y;
+}
+
+Gradients dense_block_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& dense_weight,
+                               const at::Tensor& dense_bias, const at::Tensor& fuse_weight, const at::Tensor& fuse_bias,
+                               const std::vector<bool>& needs) {
+  const auto shape = checked_dense(x, dense_weight, dense_bias, fuse_weight, fuse_bias);
+  check_like("grad", grad, x.sizes(), x);
+  const DenseTensors dense({dense_weight, dense_bias, fuse_weight, fuse_bias});
+  const WeightGradients grads({dense_weight, dense_bias, fuse_weight, fuse_bias}, needs, 1);
+  const at::Tensor grad_x = empty_for(x, needs[0]);
+  const DenseBlockBackward call{shape,
+                                view(grad),
+                                view(x),
+                                {dense.data(0), dense.data(1), dense.data(2), dense.data(3)},
+                                mutable_view(grad_x),
+                                grads.data(0),
+                                grads.data(1),
+                                grads.data(2),
+                                grads.data(3)};
+  launch_on_cpu(dense_block_cpu_kernels().backward, call);
+  return grads.behind({if_defined(grad_x)});
+}
+
 }  // namespace
 }  // namespace mitnet_fast
 
@@ -681,4 +936,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("window_attention_backward", kernel(&window_attention_backward), py::arg("grad"), py::arg("qk"),
              py::arg("v"), py::arg("bias_table"), py::arg("num_heads"), py::arg("window_size"), py::arg("shift"),
              py::arg("tf32"), py::arg("needs_qk"), py::arg("needs_v"), py::arg("needs_bias_table"));
+  module.def("pointwise_mlp_forward", kernel(&pointwise_mlp_forward), py::arg("x"), py::arg("weight1"),
+             py::arg("bias1"), py::arg("weight2"), py::arg("bias2"));
+  module.def("pointwise_mlp_backward", kernel(&pointwise_mlp_backward), py::arg("grad"), py::arg("x"),
+             py::arg("weight1"), py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("needs"));
+  module.def("local_mixing_forward", kernel(&local_mixing_forward), py::arg("x"), py::arg("value_weight"),
+             py::arg("value_bias"), py::arg("local_weight"), py::arg("local_bias"), py::arg("proj_weight"),
+             py::arg("proj_bias"));
+  module.def("local_mixing_backward", kernel(&local_mixing_backward), py::arg("grad"), py::arg("x"),
+             py::arg("value_weight"), py::arg("value_bias"), py::arg("local_weight"), py::arg("local_bias"),
+             py::arg("proj_weight"), py::arg("proj_bias"), py::arg("needs"));
+  module.def("local_global_mixing_forward", kernel(&local_global_mixing_forward), py::arg("x"), py::arg("value"),
+             py::arg("attended"), py::arg("local_weight"), py::arg("local_bias"), py::arg("proj_weight"),
+             py::arg("proj_bias"), py::arg("rescale"), py::arg("rebias"));
+  module.def("local_global_mixing_backward", kernel(&local_global_mixing_backward), py::arg("grad"), py::arg("x"),
+             py::arg("value"), py::arg("attended"), py::arg("local_weight"), py::arg("local_bias"),
+             py::arg("proj_weight"), py::arg("proj_bias"), py::arg("rescale"), py::arg("rebias"), py::arg("needs"));
+  module.def("dense_block_forward", kernel(&dense_block_forward), py::arg("x"), py::arg("dense_weight"),
+             py::arg("dense_bias"), py::arg("fuse_weight"), py::arg("fuse_bias"));
+  module.def("dense_block_backward", kernel(&dense_block_backward), py::arg("grad"), py::arg("x"),
+             py::arg("dense_weight"), py::arg("dense_bias"), py::arg("fuse_weight"), py::arg("fuse_bias"),
+             py::arg("needs"));
 }

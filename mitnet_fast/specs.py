@@ -40,6 +40,7 @@ from . import ops, reference
 from .ops._amplitude_phase import KERNELS as AMPLITUDE_PHASE_KERNELS
 from .ops._amplitude_phase import launchers as amplitude_phase_launchers
 from .ops._backends import choose
+from .ops._feature_mixing import LOCAL_SIZE
 from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_of_spectrum
 from .reference.window_attention import padding
 
@@ -603,4 +604,225 @@ AMPLITUDE_PHASE_CONV = OpSpec(
     as_seen=_amplitude_phase_as_seen,
 )
 
-SPECS = (DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, AMPLITUDE_PHASE_CONV, WINDOW_ATTENTION)
+
+def _random_mixing(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes = {
+        "batch": random.choice((0, 1, 1, 2, 3)),
+        "channels": random.choice((1, 3, 7, 16, 20, 24, 40, 48, 96)),
+        "height": random.choice((3, 4, 5, 8, 13, 16, 17)),
+        "width": random.choice((3, 5, 7, 8, 15, 16, 31, 33, 67)),
+    }
+    return sizes, {}
+
+
+def _random_mlp(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes, options = _random_mixing(random)
+    return sizes | {"hidden": random.choice((1, 5, 32, 48, 100))}, options
+
+
+def _mlp_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w, hidden = (case.sizes[name] for name in ("batch", "channels", "height", "width", "hidden"))
+    return {"x": (b, c, h, w), "weight1": (hidden, c), "bias1": (hidden,), "weight2": (c, hidden), "bias2": (c,)}
+
+
+def _mixing_map(case: Case) -> tuple[int, ...]:
+    return tuple(case.sizes[name] for name in ("batch", "channels", "height", "width"))
+
+
+def _local_mixing_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    c = case.sizes["channels"]
+    value = {"value_weight": (c, c), "value_bias": (c,)}
+    return {"x": _mixing_map(case)} | value | _mixing_weights(c)
+
+
+def _local_global_mixing_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c = case.sizes["batch"], case.sizes["channels"]
+    maps = dict.fromkeys(("x", "value", "attended"), _mixing_map(case))
+    return maps | _mixing_weights(c) | {"rescale": (b, c), "rebias": (b, c)}
+
+
+def _mixing_weights(channels: int) -> dict[str, tuple[int, ...]]:
+    weights = {"local_weight": (channels, LOCAL_SIZE, LOCAL_SIZE), "local_bias": (channels,)}
+    return weights | {"proj_weight": (channels, channels), "proj_bias": (channels,)}
+
+
+def _mixing_bytes(case: Case, forward: int, backward: int) -> tuple[int, int]:
+    element = case.dtype.itemsize * _pixels(case) * case.sizes["channels"]
+    return element * forward, element * backward
+
+
+def _mlp_flops(case: Case) -> tuple[int, int]:
+    product = 2 * _pixels(case) * case.sizes["channels"] * case.sizes["hidden"]
+    return 2 * product, 5 * product  # backward: the hidden layer again, two factors of both products
+
+
+def _mixing_flops(case: Case, products: int) -> tuple[int, int]:
+    c = case.sizes["channels"]
+    product, local = 2 * _pixels(case) * c * c, 2 * _pixels(case) * c * LOCAL_SIZE**2
+    # backward: value and the local part again, two factors of every product
+    return products * product + local, (3 * products - 1) * product + 3 * local
+
+
+def _mlp_as_seen(
+    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
+) -> Callable[..., torch.Tensor]:
+    """The reference, whose ReLU may let through what is 0 within rounding, or not."""
+
+    def formula(
+        x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor,
+        *, other_side: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if not other_side:
+            return reference.pointwise_mlp(x, weight1, bias1, weight2, bias2)
+        kernel = weight1[..., None, None]
+        hidden = F.conv2d(x, kernel, bias1)
+        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), kernel.abs(), bias1.abs())
+        passes = (hidden > 0) != (hidden.abs() <= rounding)
+        return x + F.conv2d(hidden * passes, weight2[..., None, None], bias2)
+
+    return formula
+
+
+def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    c, growth = case.sizes["channels"], case.sizes["growth"]
+    weights = {"dense_weight": (45 * growth * (c + 2 * growth),), "dense_bias": (5 * growth,)}
+    return {"x": _mixing_map(case)} | weights | {"fuse_weight": (c, c + 5 * growth), "fuse_bias": (c,)}
+
+
+def _random_dense(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes, options = _random_mixing(random)
+    return sizes | {"channels": random.choice((1, 3, 7, 24)), "growth": random.choice((1, 4, 20, 32))}, options
+
+
+def _dense_flops(case: Case) -> tuple[int, int]:
+    c, growth = case.sizes["channels"], case.sizes["growth"]
+    products = 2 * _pixels(case) * (_dense_shapes(case)["dense_weight"][0] + c * (c + 5 * growth))
+    return products, 3 * products  # backward: the features again, two factors of every product
+
+
+def _dense_as_seen(
+    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
+) -> Callable[..., torch.Tensor]:
+    """The reference, whose ReLUs may let through what is 0 within rounding, or not."""
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: int) -> torch.Tensor:
+        sum_of_products = F.conv2d(x, weight, bias, **options)
+        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), **options)
+        return sum_of_products * ((sum_of_products > 0) != (sum_of_products.abs() <= rounding))
+
+    def formula(
+        x: torch.Tensor, dense_weight: torch.Tensor, dense_bias: torch.Tensor, fuse_weight: torch.Tensor,
+        fuse_bias: torch.Tensor, *, other_side: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if not other_side:
+            return reference.dense_block(x, dense_weight, dense_bias, fuse_weight, fuse_bias)
+        features = x
+        for bias in dense_bias.chunk(5):
+            count = 9 * bias.shape[0] * features.shape[1]
+            weight, dense_weight = dense_weight[:count], dense_weight[count:]
+            shape = bias.shape[0], features.shape[1], 3, 3
+            added = layer(features, weight.view(shape), bias, padding=2, dilation=2)
+            features = torch.cat([features, added], 1)
+        return layer(features, fuse_weight[..., None, None], fuse_bias) + x
+
+    return formula
+
+
+def _mixed(batch: int, channels: int, height: int, width: int, **more: int) -> Case:
+    return Case({"batch": batch, "channels": channels, "height": height, "width": width} | more, {})
+
+
+POINTWISE_MLP = OpSpec(
+    name="pointwise_mlp",
+    family="feature_mixing",
+    shapes=_mlp_shapes,
+    maps=("x",),
+    output_shape=_mixing_map,
+    cases=(
+        _mixed(1, 1, 1, 1, hidden=1),
+        _mixed(2, 3, 1, 7, hidden=5),
+        _mixed(0, 3, 4, 4, hidden=6),
+        _mixed(2, 24, 17, 33, hidden=48),
+        _mixed(1, 48, 13, 9, hidden=192),
+        _mixed(1, 96, 8, 8, hidden=384),
+        _mixed(1, 20, 40, 37, hidden=33),
+    ),
+    typical=_mixed(2, 7, 6, 9, hidden=11),
+    random_sizes=_random_mlp,
+    benchmark_cases=tuple(_mixed(2, c, s, s, hidden=r * c) for c, s, r in ((24, 256, 2), (48, 128, 4), (96, 64, 4))),
+    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
+    flops=_mlp_flops,
+    as_seen=_mlp_as_seen,
+)
+
+_MIXING_CASES = (
+    _mixed(1, 1, 3, 3),
+    _mixed(2, 3, 4, 5),
+    _mixed(0, 3, 4, 4),
+    _mixed(2, 7, 3, 70),
+    _mixed(1, 24, 33, 67),
+    _mixed(1, 48, 40, 19),
+    _mixed(1, 96, 8, 8),
+)
+_MIXING_BENCHMARKS = tuple(_mixed(2, c, s, s) for c, s in ((24, 256), (48, 128), (96, 64)))
+
+LOCAL_MIXING = OpSpec(
+    name="local_mixing",
+    family="feature_mixing",
+    shapes=_local_mixing_shapes,
+    maps=("x",),
+    output_shape=_mixing_map,
+    cases=_MIXING_CASES,
+    typical=_mixed(2, 5, 6, 9),
+    random_sizes=_random_mixing,
+    benchmark_cases=_MIXING_BENCHMARKS,
+    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
+    flops=partial(_mixing_flops, products=2),
+)
+
+LOCAL_GLOBAL_MIXING = OpSpec(
+    name="local_global_mixing",
+    family="feature_mixing",
+    shapes=_local_global_mixing_shapes,
+    maps=("x", "value", "attended"),
+    output_shape=_mixing_map,
+    cases=_MIXING_CASES,
+    typical=_mixed(2, 5, 6, 9),
+    random_sizes=_random_mixing,
+    benchmark_cases=_MIXING_BENCHMARKS,
+    bytes_at_least=partial(_mixing_bytes, forward=4, backward=5),
+    flops=partial(_mixing_flops, products=1),
+)
+
+DENSE_BLOCK = OpSpec(
+    name="dense_block",
+    family="feature_mixing",
+    shapes=_dense_shapes,
+    maps=("x",),
+    output_shape=_mixing_map,
+    cases=(
+        _mixed(1, 1, 1, 1, growth=1),
+        _mixed(2, 3, 4, 5, growth=2),
+        _mixed(0, 3, 4, 4, growth=3),
+        _mixed(2, 3, 20, 33, growth=32),
+        _mixed(1, 24, 9, 14, growth=32),
+        _mixed(1, 7, 37, 3, growth=20),
+    ),
+    typical=_mixed(2, 3, 6, 9, growth=4),
+    random_sizes=_random_dense,
+    benchmark_cases=(_mixed(2, 3, 128, 128, growth=32), _mixed(2, 48, 64, 64, growth=32)),
+    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
+    flops=_dense_flops,
+    as_seen=_dense_as_seen,
+)
+
+SPECS = (
+    DYNAMIC_FILTER,
+    PREDICTED_DYNAMIC_FILTER,
+    AMPLITUDE_PHASE_CONV,
+    WINDOW_ATTENTION,
+    POINTWISE_MLP,
+    LOCAL_MIXING,
+    LOCAL_GLOBAL_MIXING,
+    DENSE_BLOCK,
+)

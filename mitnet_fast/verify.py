@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.table import Column, Table
 
-from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _window_attention
+from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _feature_mixing, _window_attention
 from .ops._backends import FAMILIES, Kernels, why_not
 from .specs import SPECS, Case, OpSpec, compare
 
@@ -24,6 +24,7 @@ KERNELS: dict[str, Kernels] = {
     "dynamic_filter": _dynamic_filter.KERNELS,
     "window_attention": _window_attention.KERNELS,
     "amplitude_phase": _amplitude_phase.KERNELS,
+    "feature_mixing": _feature_mixing.KERNELS,
 }
 
 

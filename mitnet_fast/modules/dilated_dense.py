@@ -3,15 +3,17 @@
     f_0 = x,  f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))],  k = 1 … 5
     y = ReLU(conv1×1(f_5)) + x
 
-Maps are [B, C, H, W]; every convolution adds ``growth`` channels and sees all before it.
+Maps are [B, C, H, W]; every convolution adds ``growth`` channels and sees all before it. The block is one
+fused operator, whose kernels write all channels into one buffer instead of concatenating.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..ops import dense_block
+from ..reference.feature_mixing import DENSE_LAYERS
 from ._checks import check_counts, check_map
 
 
@@ -29,7 +31,7 @@ class DRDB(nn.Module):
     AHDRNet (arXiv 1904.10293).
     """
 
-    layers = 5
+    layers = DENSE_LAYERS
 
     def __init__(self, channels: int, growth: int = 32) -> None:
         super().__init__()
@@ -47,7 +49,10 @@ class DRDB(nn.Module):
             ValueError: the channels do not fit.
         """
         check_map("x", x, self.channels)
-        features = x
-        for convolution in self.dense:
-            features = torch.cat([features, F.relu(convolution(features))], 1)
-        return F.relu(self.fuse(features)) + x
+        return dense_block(
+            x,
+            torch.cat([convolution.weight.flatten() for convolution in self.dense]),
+            torch.cat([convolution.bias for convolution in self.dense]),
+            self.fuse.weight.flatten(1),
+            self.fuse.bias,
+        )

@@ -9,10 +9,11 @@ A LEGM is a stack of blocks on maps [B, C, H, W]; its last blocks have attention
     V, QK = conv1×1(x)
     mix(x) = proj(depthwise5×5(V) + window_attention(QK, V))       without attention only the local part
 
-The norm is per sample over C, H and W, and hands what it removed to the end of the residual branch:
-rescale and rebias are affine in σ and μ, one pair of weights per channel. Its statistics and its
-output are one fused operator each. The bias of the attention scores comes from a small network of the
-query's offset from the key; it runs on the (2w−1)² offsets that exist, not on all w²×w² pairs.
+Without attention, x + mix(x) is one fused operator, and so is x + mlp(x); with it, everything behind
+the attention is. The norm is per sample over C, H and W, and hands what it removed to the end of the
+residual branch: rescale and rebias are affine in σ and μ, one pair of weights per channel. The bias of
+the attention scores comes from a small network of the query's offset from the key; it runs on the
+(2w−1)² offsets that exist, not on all w²×w² pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import window_attention
+from ..ops import local_global_mixing, local_mixing, pointwise_mlp, window_attention
 from ._checks import check_counts, check_map
 
 
@@ -127,8 +128,13 @@ class RelativePositionBias(nn.Module):
         return self.meta(self.offsets)
 
 
+def matrix(convolution: nn.Conv2d) -> torch.Tensor:
+    """The weight [Co, C] of a 1×1 convolution."""
+    return convolution.weight.flatten(1)
+
+
 class LocalGlobalMixing(nn.Module):
-    """proj(depthwise5×5(V) + window attention of (QK, V)): local features embedded in global ones.
+    """x + proj(depthwise5×5(V) + window attention of (QK, V)): local features embedded in global ones.
 
     Args:
         channels: C.
@@ -160,25 +166,41 @@ class LocalGlobalMixing(nn.Module):
             self.query_key = nn.Conv2d(channels, 2 * channels, 1)
             self.position_bias = RelativePositionBias(heads, window_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, channels, H, W] → the same shape.
+    def forward(
+        self,
+        x: torch.Tensor,
+        normalised: torch.Tensor | None = None,
+        rescale: torch.Tensor | None = None,
+        rebias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mix.
+
+        Args:
+            x: [B, channels, H, W].
+            normalised: with attention, what is mixed, as :class:`RescaleNorm` returns it of x; else None, x is.
+            rescale: with attention, [B, channels, 1, 1], of what is added to x; else None.
+            rebias: with attention, [B, channels, 1, 1], added too; else None.
+
+        Returns:
+            The same shape.
 
         Raises:
             ValueError: the channels do not fit, or the map is too small to be padded by reflection.
         """
         check_map("x", x, self.channels)
-        value = self.value(x)
-        mixed = self.local(value)
-        if self.heads:
-            mixed = mixed + window_attention(
-                self.query_key(x),
-                value,
-                self.position_bias(),
-                num_heads=self.heads,
-                window_size=self.window_size,
-                shift=self.shift,
-            )
-        return self.proj(mixed)
+        weights = self.local.weight.flatten(0, 1), self.local.bias, matrix(self.proj), self.proj.bias
+        if not self.heads:
+            return local_mixing(x, matrix(self.value), self.value.bias, *weights)
+        value = self.value(normalised)
+        attended = window_attention(
+            self.query_key(normalised),
+            value,
+            self.position_bias(),
+            num_heads=self.heads,
+            window_size=self.window_size,
+            shift=self.shift,
+        )
+        return local_global_mixing(x, value, attended, *weights, rescale.flatten(1), rebias.flatten(1))
 
 
 class LEGMBlock(nn.Module):
@@ -226,12 +248,9 @@ class LEGMBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, channels, H, W] → the same shape."""
-        if self.norm is None:
-            x = x + self.mix(x)
-        else:
-            normalised, rescale, rebias = self.norm(x)
-            x = torch.addcmul(x + rebias, self.mix(normalised), rescale)
-        return x + self.mlp(x)
+        x = self.mix(x) if self.norm is None else self.mix(x, *self.norm(x))
+        expand, _, reduce = self.mlp
+        return pointwise_mlp(x, matrix(expand), expand.bias, matrix(reduce), reduce.bias)
 
 
 class LEGM(nn.Module):

@@ -5,8 +5,10 @@ C++ on CPU tensors, CUDA C++ on CUDA tensors) and ``triton`` (CUDA tensors; CPU 
 ``TRITON_INTERPRET=1`` was set before the import).
 
 A backend asked for by name (argument, :func:`use_backend` or ``MITNET_FAST_BACKEND``, in this order)
-either runs or raises with every reason why it cannot. Otherwise the first one that can run is taken
-from the preference in ``preferences.json``, which records for every order what it rests on.
+either runs or raises with every reason why it cannot; one that the latter two name for all families holds
+where a family has kernels of it for the device, and plain PyTorch runs elsewhere. Otherwise the first
+one that can run is taken from the preference in ``preferences.json``, which records for every order what
+it rests on.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 from .._extension import EXTENSION, WHY_NOT
 
 BACKENDS = ("reference", "cpp", "triton")
-FAMILIES = ("dynamic_filter", "amplitude_phase", "window_attention")
+FAMILIES = ("dynamic_filter", "amplitude_phase", "window_attention", "feature_mixing")
 
 logger = logging.getLogger("mitnet_fast")
 
@@ -95,6 +97,7 @@ def _from_environment() -> dict[str, str]:
 
 
 _forced: dict[str, str] = _from_environment()
+_where_there_are_kernels: set[str] = set(FAMILIES if "=" not in os.environ.get("MITNET_FAST_BACKEND", "=") else ())
 
 
 @contextmanager
@@ -104,7 +107,8 @@ def use_backend(backend: str | None = None, **families: str) -> Iterator[None]:
     It holds for the whole process, in which autograd runs backward passes on threads of its own.
 
     Args:
-        backend: "reference", "cpp" or "triton" for every family; None to name families only.
+        backend: "reference", "cpp" or "triton" for every family that has kernels of it for the device,
+            plain PyTorch for the others; None to name families only.
         **families: ``dynamic_filter=…``, ``amplitude_phase=…``, ``window_attention=…``.
 
     Raises:
@@ -116,13 +120,17 @@ def use_backend(backend: str | None = None, **families: str) -> Iterator[None]:
         if family not in FAMILIES:
             raise ValueError(f"{family}: no such kernel family, allowed are {', '.join(FAMILIES)}")
         check_backend(name)
-    before = dict(_forced)
+    before = dict(_forced), set(_where_there_are_kernels)
     _forced.update(forced)
+    _where_there_are_kernels.update(forced)
+    _where_there_are_kernels.difference_update(families)
     try:
         yield
     finally:
         _forced.clear()
-        _forced.update(before)
+        _forced.update(before[0])
+        _where_there_are_kernels.clear()
+        _where_there_are_kernels.update(before[1])
 
 
 def check_backend(backend: str | None) -> None:
@@ -163,6 +171,9 @@ def choose(kernels: Kernels, backend: str | None, device_type: str, dtype: torch
     """
     check_backend(backend)
     forced = backend or _forced.get(kernels.family)
+    named_for_all = backend is None and kernels.family in _where_there_are_kernels
+    if named_for_all and forced is not None and (forced, device_type) not in kernels.dtypes:
+        return "reference"
     if forced is not None:
         reasons = why_not(kernels, forced, device_type, dtype)
         if reasons:

@@ -25,6 +25,28 @@ def attention_arguments(**changes):
     return arguments | {"num_heads": 2} | changes
 
 
+def mlp_arguments(**changes):
+    shapes = {"x": (2, 4, 5, 6), "weight1": (8, 4), "bias1": (8,), "weight2": (4, 8), "bias2": (4,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+
+
+def dense_arguments(**changes):
+    shapes = {"x": (2, 3, 5, 6), "dense_weight": (45 * 2 * 7,), "dense_bias": (10,), "fuse_weight": (3, 13)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | {"fuse_bias": torch.zeros(3)} | changes
+
+
+def mixing_arguments(**changes):
+    shapes = {"x": (2, 4, 5, 6), "value_weight": (4, 4), "value_bias": (4,), "local_weight": (4, 5, 5)}
+    shapes |= {"local_bias": (4,), "proj_weight": (4, 4), "proj_bias": (4,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+
+
+def global_arguments(**changes):
+    arguments = mixing_arguments(value=torch.zeros(2, 4, 5, 6), attended=torch.zeros(2, 4, 5, 6))
+    del arguments["value_weight"], arguments["value_bias"]
+    return arguments | {"rescale": torch.zeros(2, 4), "rebias": torch.zeros(2, 4)} | changes
+
+
 WRONG = [
     (ops.dynamic_filter, filter_arguments(x=1.0), TypeError, r"x: expected a tensor \[B, C, H, W\], got float"),
     (ops.dynamic_filter, filter_arguments(x=torch.zeros(3, 4, 5)), ValueError, r"x: expected shape .*got \[3, 4, 5\]"),
@@ -69,6 +91,19 @@ WRONG = [
         ValueError,
         "width 6 is too small .*at least 7",
     ),
+    (ops.pointwise_mlp, mlp_arguments(weight1=torch.zeros(0, 4)), ValueError, "weight1: needs at least one hidden"),
+    (ops.pointwise_mlp, mlp_arguments(weight1=torch.zeros(8, 3)), ValueError, r"weight1: .*\[8, 4\]"),
+    (ops.pointwise_mlp, mlp_arguments(weight2=torch.zeros(8, 4)), ValueError, r"weight2: .*\[4, 8\]"),
+    (ops.pointwise_mlp, mlp_arguments(bias1=torch.zeros(8).double()), TypeError, "bias1 float64"),
+    (ops.pointwise_mlp, mlp_arguments(bias2=None), TypeError, r"bias2: expected a tensor \[C\], got NoneType"),
+    (ops.local_mixing, mixing_arguments(x=torch.zeros(2, 4, 2, 6)), ValueError, "x: needs at least 3×3 .*got 2×6"),
+    (ops.local_mixing, mixing_arguments(local_weight=torch.zeros(4, 3, 3)), ValueError, r"local_weight: .*\[4, 5, 5\]"),
+    (ops.local_mixing, mixing_arguments(backend="cuda"), ValueError, "backend: got 'cuda', allowed are None"),
+    (ops.dense_block, dense_arguments(dense_bias=torch.zeros(4)), ValueError, "dense_bias: needs at least one channel"),
+    (ops.dense_block, dense_arguments(dense_bias=torch.zeros(11)), ValueError, r"dense_bias: .*\[10\], got \[11\]"),
+    (ops.dense_block, dense_arguments(dense_weight=torch.zeros(9)), ValueError, r"dense_weight: .*\[630\]"),
+    (ops.local_global_mixing, global_arguments(value=torch.zeros(2, 4, 5, 5)), ValueError, r"value: .*\[2, 4, 5, 6\]"),
+    (ops.local_global_mixing, global_arguments(rescale=torch.zeros(4)), ValueError, r"rescale: .*\[B, C\]"),
 ]  # fmt: skip
 
 
@@ -83,6 +118,10 @@ RIGHT = [
     (ops.predicted_dynamic_filter, predicted_arguments),
     (ops.amplitude_phase_conv, spectral_arguments),
     (ops.window_attention, attention_arguments),
+    (ops.pointwise_mlp, mlp_arguments),
+    (ops.local_mixing, mixing_arguments),
+    (ops.local_global_mixing, global_arguments),
+    (ops.dense_block, dense_arguments),
 ]
 
 

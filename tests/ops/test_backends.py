@@ -71,6 +71,28 @@ def test_context_forces_and_restores(kernels):
     assert choose(kernels, None, "cpu", torch.float32) == "cpp"
 
 
+def test_a_backend_named_for_all_families_holds_where_there_are_kernels(kernels):
+    partial = Kernels("feature_mixing", {("cpp", "cpu"): EVERYWHERE})
+    with ops.use_backend("cpp"):
+        assert choose(partial, None, "cpu", torch.float32) == "cpp"
+        assert choose(partial, None, "cuda", torch.float32) == "reference"
+        with pytest.raises(ops.BackendError, match="dtype float16 is not supported"):
+            choose(partial, None, "cpu", torch.float16)
+        with pytest.raises(ops.BackendError, match="no kernels of the feature_mixing family for cuda"):
+            choose(partial, "cpp", "cuda", torch.float32)
+        with (
+            ops.use_backend(feature_mixing="triton"),
+            pytest.raises(ops.BackendError, match="triton has no kernels of the feature_mixing family"),
+        ):
+            choose(partial, None, "cpu", torch.float32)
+        assert choose(partial, None, "cuda", torch.float32) == "reference"
+    with (
+        ops.use_backend(feature_mixing="cpp"),
+        pytest.raises(ops.BackendError, match="no kernels of the feature_mixing family for cuda"),
+    ):
+        choose(partial, None, "cuda", torch.float32)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("reference", "reference reference"), ("window_attention=cpp, dynamic_filter=triton", "triton cpp")],

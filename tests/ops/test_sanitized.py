@@ -22,16 +22,22 @@ CAPABILITY_FLAGS = dict(
         }.items()
     )[: 1 + ["DEFAULT", "AVX2", "AVX512"].index(_C.cpu_capability())]
 )
-CALLS = {"amplitude_phase": 60, "dynamic_filter": 100, "window_attention": 60}  # of each seed
+CALLS = {  # of each seed
+    "amplitude_phase": 60,
+    "dense_block": 30,
+    "dynamic_filter": 100,
+    "feature_mixing": 60,
+    "window_attention": 60,
+}
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", CAPABILITY_FLAGS)
-@pytest.mark.parametrize("family", CALLS)
-def test_sanitizers_find_nothing(tmp_path, family, capability):
+@pytest.mark.parametrize("kernels", CALLS)
+def test_sanitizers_find_nothing(tmp_path, kernels, capability):
     """No access outside of what maps, spectra and workspace hold, nothing undefined, no element left unwritten."""
     program = tmp_path / "sanitized"
-    source = Path(__file__).with_name(f"{family}_sanitized.cpp")
+    source = Path(__file__).with_name(f"{kernels}_sanitized.cpp")
     libraries = Path(torch.__file__).parent / "lib"
     command = [
         *(get_cxx_compiler(), "-std=c++20", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
@@ -41,5 +47,5 @@ def test_sanitizers_find_nothing(tmp_path, family, capability):
     ]
     subprocess.run(command, check=True)
     for seed in range(3):
-        run = subprocess.run([program, str(seed), str(CALLS[family])], capture_output=True, text=True)
+        run = subprocess.run([program, str(seed), str(CALLS[kernels])], capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr

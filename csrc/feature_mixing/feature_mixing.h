@@ -1,0 +1,136 @@
+// Calls of feature mixing: the residual parts of a LEGM block and the dilated dense block of the depth network.
+//
+//   pointwise MLP   y = x + weight2 · ReLU(weight1 · x + bias1) + bias2
+//   local mixing    y = x + rescale · (proj · (depthwise5×5(value) + attended) + proj_bias) + rebias
+//
+// The depthwise convolution continues its map by reflection. Local mixing comes without attention, with
+// value = value_weight · x + value_bias computed here, no attended map, rescale 1 and rebias 0, or with
+// attention and all of them given.
+//
+//   dense block     f_0 = x,  f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))],  k = 1 … 5
+//                   y = ReLU(fuse_weight · f_5 + fuse_bias) + x
+//
+// Maps have any strides; all tensors of a call have one data type, arithmetic is float32 (float64 for
+// float64). Weights and their gradients are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "common/tensor_view.h"
+
+namespace mitnet_fast {
+
+struct FeatureMixingShape {
+  DataType dtype;
+  int64_t batch;
+  int64_t channels;  // C
+  int64_t hidden;    // of the MLP, Ch
+  int64_t height;
+  int64_t width;
+};
+
+struct PointwiseMlpForward {
+  FeatureMixingShape shape;
+  ConstMapView x;
+  const void* weight1;  // [Ch, C]
+  const void* bias1;
+  const void* weight2;  // [C, Ch]
+  const void* bias2;
+  MapView y;
+};
+
+// A gradient whose data is null is not computed.
+struct PointwiseMlpBackward {
+  FeatureMixingShape shape;
+  ConstMapView grad;
+  ConstMapView x;
+  const void* weight1;
+  const void* bias1;
+  const void* weight2;
+  MapView grad_x;
+  void* grad_weight1;
+  void* grad_bias1;
+  void* grad_weight2;
+  void* grad_bias2;
+};
+
+struct MixingWeights {
+  const void* value_weight;  // [C, C], null with attention
+  const void* value_bias;    // [C], null with attention
+  const void* local_weight;  // [C, 25]
+  const void* local_bias;    // [C]
+  const void* proj_weight;   // [C, C]
+  const void* proj_bias;     // [C]
+  const void* rescale;       // [B, C], null without attention
+  const void* rebias;        // [B, C], null without attention
+};
+
+struct LocalMixingForward {
+  FeatureMixingShape shape;
+  ConstMapView x;
+  ConstMapView value;     // null without attention
+  ConstMapView attended;  // null without attention
+  MixingWeights weights;
+  MapView y;
+};
+
+// A gradient whose data is null is not computed. With attention that of x is the incoming one.
+struct LocalMixingBackward {
+  FeatureMixingShape shape;
+  ConstMapView grad;
+  ConstMapView x;
+  ConstMapView value;
+  ConstMapView attended;
+  MixingWeights weights;
+  MapView grad_x;
+  MapView grad_value;
+  MapView grad_attended;
+  void* grad_value_weight;
+  void* grad_value_bias;
+  void* grad_local_weight;
+  void* grad_local_bias;
+  void* grad_proj_weight;
+  void* grad_proj_bias;
+  void* grad_rescale;
+  void* grad_rebias;
+};
+
+constexpr int dense_layers = 5;
+
+struct DenseBlockShape {
+  DataType dtype;
+  int64_t batch;
+  int64_t channels;  // C
+  int64_t growth;    // channels that a layer adds, G
+  int64_t height;
+  int64_t width;
+};
+
+struct DenseWeights {
+  const void* dense_weight;  // the layers' [G, C + k·G, 3, 3] one after the other
+  const void* dense_bias;    // [5·G]
+  const void* fuse_weight;   // [C, C + 5·G]
+  const void* fuse_bias;     // [C]
+};
+
+struct DenseBlockForward {
+  DenseBlockShape shape;
+  ConstMapView x;
+  DenseWeights weights;
+  MapView y;
+};
+
+// A gradient whose data is null is not computed.
+struct DenseBlockBackward {
+  DenseBlockShape shape;
+  ConstMapView grad;
+  ConstMapView x;
+  DenseWeights weights;
+  MapView grad_x;
+  void* grad_dense_weight;
+  void* grad_dense_bias;
+  void* grad_fuse_weight;
+  void* grad_fuse_bias;
+};
+
+}  // namespace mitnet_fast

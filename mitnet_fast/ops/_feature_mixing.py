@@ -1,0 +1,320 @@
+"""Public feature mixing, the residual parts of a LEGM block and the dense block: arguments checked, backend chosen.
+
+The compiled backend runs behind ``mitnet_fast::pointwise_mlp``, ``local_mixing``, ``local_global_mixing``,
+``dense_block`` and their backward operators; the reference is plain PyTorch and needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import reference
+from .._extension import EXTENSION
+from ..reference.feature_mixing import DENSE_LAYERS
+from ._backends import Kernels, check_backend, choose
+from ._checks import (
+    cast_like_convolution,
+    check_image_size,
+    check_one_device,
+    check_one_dtype,
+    check_shape,
+    check_tensor,
+)
+from ._registration import define, differentiate, empty_for, or_empty
+
+KERNELS = Kernels("feature_mixing", {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})})
+LOCAL_SIZE = 5  # of the depthwise convolution, pixels
+SMALLEST_SIDE = 3  # that reflection can continue by two pixels
+
+
+def pointwise_mlp(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Residual network of two 1×1 convolutions with a ReLU between them, ``x + W2·ReLU(W1·x + b1) + b2``.
+
+    Args:
+        x: [B, C, H, W].
+        weight1: [Ch, C], dtype of ``x``.
+        bias1: [Ch].
+        weight2: [C, Ch].
+        bias2: [C].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, C, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: DCMPNet (arXiv 2403.01105), local feature-embedded global extraction.
+    """
+    check_tensor("x", x, "[B, C, H, W]")
+    check_tensor("weight1", weight1, "[Ch, C]")
+    check_image_size("x", x)
+    channels, hidden = x.shape[1], weight1.shape[0]
+    if hidden < 1:
+        raise ValueError("weight1: needs at least one hidden channel, got 0")
+    arguments = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    shapes = {"weight1": (hidden, channels), "bias1": (hidden,), "weight2": (channels, hidden), "bias2": (channels,)}
+    meanings = {"weight1": "[Ch, C]", "bias1": "[Ch]", "weight2": "[C, Ch]", "bias2": "[C]"}
+    return _call("pointwise_mlp", arguments, shapes, meanings, backend)
+
+
+def local_mixing(
+    x: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    local_weight: torch.Tensor,
+    local_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Residual mixing of neighbours, ``x + P·depthwise5×5(V·x)``, the map continued by reflection.
+
+    Args:
+        x: [B, C, H, W], at least 3×3 pixels.
+        value_weight: [C, C] of the 1×1 convolution V, dtype of ``x``.
+        value_bias: [C].
+        local_weight: [C, 5, 5] of the depthwise convolution.
+        local_bias: [C].
+        proj_weight: [C, C] of the 1×1 convolution P.
+        proj_bias: [C].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, C, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, the map is too small, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: DCMPNet (arXiv 2403.01105), local feature-embedded global extraction without attention.
+    """
+    arguments = {
+        "x": x,
+        "value_weight": value_weight,
+        "value_bias": value_bias,
+        "local_weight": local_weight,
+        "local_bias": local_bias,
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+    }
+    return _mix("local_mixing", arguments, backend)
+
+
+def local_global_mixing(
+    x: torch.Tensor,
+    value: torch.Tensor,
+    attended: torch.Tensor,
+    local_weight: torch.Tensor,
+    local_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    rescale: torch.Tensor,
+    rebias: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Residual mixing of neighbours and attention, ``x + rescale·P·(depthwise5×5(value) + attended) + rebias``.
+
+    The convolution continues its map by reflection; P has its bias inside the product with ``rescale``.
+
+    Args:
+        x: [B, C, H, W], at least 3×3 pixels.
+        value: [B, C, H, W], dtype of ``x``.
+        attended: [B, C, H, W], attention over the values.
+        local_weight: [C, 5, 5] of the depthwise convolution.
+        local_bias: [C].
+        proj_weight: [C, C] of the 1×1 convolution P.
+        proj_bias: [C].
+        rescale: [B, C].
+        rebias: [B, C].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, C, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, the map is too small, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: DCMPNet (arXiv 2403.01105), local feature-embedded global extraction.
+    """
+    arguments = {
+        "x": x,
+        "value": value,
+        "attended": attended,
+        "local_weight": local_weight,
+        "local_bias": local_bias,
+        "proj_weight": proj_weight,
+        "proj_bias": proj_bias,
+        "rescale": rescale,
+        "rebias": rebias,
+    }
+    return _mix("local_global_mixing", arguments, backend)
+
+
+def dense_block(
+    x: torch.Tensor,
+    dense_weight: torch.Tensor,
+    dense_bias: torch.Tensor,
+    fuse_weight: torch.Tensor,
+    fuse_bias: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Dilated residual dense block: five 3×3 convolutions of dilation 2, each of all channels before it.
+
+    ``f_k = [f_{k−1}, ReLU(conv(f_{k−1}))]`` from ``f_0 = x``, ``ReLU(P·f_5) + x``; zeros around the map.
+
+    Args:
+        x: [B, C, H, W].
+        dense_weight: [45·G·(C + 2·G)], the weights [G, C + k·G, 3, 3] of the layers k = 0 … 4 flattened, one
+            after the other, dtype of ``x``.
+        dense_bias: [5·G].
+        fuse_weight: [C, C + 5·G] of the 1×1 convolution P.
+        fuse_bias: [C].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, C, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: DCMPNet (arXiv 2403.01105), depth estimation network.
+    """
+    check_tensor("x", x, "[B, C, H, W]")
+    check_tensor("dense_bias", dense_bias, "[5·G]")
+    check_image_size("x", x)
+    channels, growth = x.shape[1], dense_bias.shape[0] // DENSE_LAYERS
+    if growth < 1:
+        raise ValueError(f"dense_bias: needs at least one channel for each of 5 layers, got {list(dense_bias.shape)}")
+    arguments = {"x": x, "dense_weight": dense_weight, "dense_bias": dense_bias}
+    arguments |= {"fuse_weight": fuse_weight, "fuse_bias": fuse_bias}
+    shapes = {
+        "dense_weight": (45 * growth * (channels + 2 * growth),),
+        "dense_bias": (DENSE_LAYERS * growth,),
+        "fuse_weight": (channels, channels + DENSE_LAYERS * growth),
+        "fuse_bias": (channels,),
+    }
+    meanings = {"dense_weight": "[45·G·(C + 2·G)]", "dense_bias": "[5·G]", "fuse_weight": "[C, C + 5·G]"}
+    return _call("dense_block", arguments, shapes, meanings | {"fuse_bias": "[C]"}, backend)
+
+
+def _mix(name: str, arguments: dict[str, torch.Tensor], backend: str | None) -> torch.Tensor:
+    """Both forms of mixing: all shapes follow from that of x."""
+    x = arguments["x"]
+    check_tensor("x", x, "[B, C, H, W]")
+    check_image_size("x", x)
+    batch, channels, height, width = x.shape
+    if min(height, width) < SMALLEST_SIDE:
+        raise ValueError(
+            f"x: needs at least {SMALLEST_SIDE}×{SMALLEST_SIDE} pixels to be continued by two, got {height}×{width}"
+        )
+    meanings = {
+        "value": "[B, C, H, W]",
+        "attended": "[B, C, H, W]",
+        "value_weight": "[C, C]",
+        "value_bias": "[C]",
+        "local_weight": "[C, 5, 5]",
+        "local_bias": "[C]",
+        "proj_weight": "[C, C]",
+        "proj_bias": "[C]",
+        "rescale": "[B, C]",
+        "rebias": "[B, C]",
+    }
+    sizes = {"B": batch, "C": channels, "H": height, "W": width, "5": LOCAL_SIZE}
+    shapes = {
+        argument: tuple(sizes[size] for size in meanings[argument].strip("[]").split(", "))
+        for argument in arguments
+        if argument != "x"
+    }
+    return _call(name, arguments, shapes, meanings, backend)
+
+
+def _call(
+    name: str,
+    arguments: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    meanings: dict[str, str],
+    backend: str | None,
+) -> torch.Tensor:
+    """Check the arguments against their shapes, cast them, choose the backend and run."""
+    check_backend(backend)
+    for argument, shape in shapes.items():
+        check_tensor(argument, arguments[argument], meanings[argument])
+        check_shape(argument, arguments[argument], shape, meanings[argument])
+    check_one_device(**arguments)
+    tensors = cast_like_convolution(*arguments.values())
+    check_one_dtype(**dict(zip(arguments, tensors, strict=True)))
+    x = tensors[0]
+    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    if chosen == "reference":
+        return getattr(reference, name)(*tensors)
+    return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)
+
+
+def _register(name: str, tensors: tuple[str, ...], same_gradient: Callable[[int], bool]) -> None:
+    """Register an operator of these tensors and its backward.
+
+    ``same_gradient`` says of which of them the gradient is the incoming one: the kernels leave it out.
+    """
+    count = len(tensors)
+
+    def forward(*arguments):
+        *values, _ = arguments
+        return getattr(EXTENSION, f"{name}_forward")(*values)
+
+    def backward(grad, *arguments):
+        *values, needs, _ = arguments
+        grads = getattr(EXTENSION, f"{name}_backward")(grad, *values, needs)
+        return tuple(or_empty(gradient, values[0]) for gradient in grads)
+
+    def setup(ctx, inputs, output):
+        *values, ctx.backend = inputs
+        ctx.save_for_backward(*values)
+
+    def gradients(ctx, grad):
+        needs = ctx.needs_input_grad[:count]
+        computed = [needed and not same_gradient(index) for index, needed in enumerate(needs)]
+        grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(grad, *ctx.saved_tensors, computed, ctx.backend)
+        wanted = (
+            None if not needed else grad if same_gradient(index) else gradient
+            for index, (gradient, needed) in enumerate(zip(grads, needs, strict=True))
+        )
+        return *wanted, None
+
+    declared = ", ".join(f"Tensor {tensor}" for tensor in tensors)
+    define(f"{name}({declared}, str backend) -> Tensor", forward, lambda *arguments: empty_for(arguments[0]))
+    define(
+        f"{name}_backward(Tensor grad, {declared}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * count)})",
+        backward,
+        lambda grad, *arguments: tuple(
+            empty_for(tensor, needed) for tensor, needed in zip(arguments[:count], arguments[count], strict=True)
+        ),
+    )
+    differentiate(name, setup, gradients)
+
+
+_register("pointwise_mlp", ("x", "weight1", "bias1", "weight2", "bias2"), lambda index: False)
+_WEIGHTS = ("local_weight", "local_bias", "proj_weight", "proj_bias")
+_register("local_mixing", ("x", "value_weight", "value_bias", *_WEIGHTS), lambda index: False)
+_register("local_global_mixing", ("x", "value", "attended", *_WEIGHTS, "rescale", "rebias"), lambda index: index == 0)
+_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"), lambda index: False)

@@ -1,0 +1,86 @@
+"""Feature mixing in plain PyTorch: the residual parts of a LEGM block, the dilated dense block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+DENSE_LAYERS = 5
+
+
+def pointwise_mlp(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    """y = x + W2·ReLU(W1·x + b1) + b2 at every pixel.
+
+    Args and result as in :func:`mitnet_fast.ops.pointwise_mlp`.
+    """
+    hidden = F.relu(_pointwise(x, weight1, bias1))
+    return x + _pointwise(hidden, weight2, bias2)
+
+
+def local_mixing(
+    x: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    local_weight: torch.Tensor,
+    local_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+) -> torch.Tensor:
+    """y = x + P·depthwise5×5(V·x), reflected at the border.
+
+    Args and result as in :func:`mitnet_fast.ops.local_mixing`.
+    """
+    value = _pointwise(x, value_weight, value_bias)
+    return x + _pointwise(_depthwise(value, local_weight, local_bias), proj_weight, proj_bias)
+
+
+def local_global_mixing(
+    x: torch.Tensor,
+    value: torch.Tensor,
+    attended: torch.Tensor,
+    local_weight: torch.Tensor,
+    local_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    rescale: torch.Tensor,
+    rebias: torch.Tensor,
+) -> torch.Tensor:
+    """y = x + rescale·P·(depthwise5×5(value) + attended) + rebias, reflected at the border.
+
+    Args and result as in :func:`mitnet_fast.ops.local_global_mixing`.
+    """
+    mixed = _pointwise(_depthwise(value, local_weight, local_bias) + attended, proj_weight, proj_bias)
+    return torch.addcmul(x + rebias[..., None, None], mixed, rescale[..., None, None])
+
+
+def dense_block(
+    x: torch.Tensor,
+    dense_weight: torch.Tensor,
+    dense_bias: torch.Tensor,
+    fuse_weight: torch.Tensor,
+    fuse_bias: torch.Tensor,
+) -> torch.Tensor:
+    """f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))] from f_0 = x, y = ReLU(P·f_5) + x.
+
+    Args and result as in :func:`mitnet_fast.ops.dense_block`.
+    """
+    features, place = x, 0
+    for bias in dense_bias.chunk(DENSE_LAYERS):
+        shape = bias.shape[0], features.shape[1], 3, 3
+        weight = dense_weight[place : place + math.prod(shape)].view(shape)
+        place += weight.numel()
+        added = F.relu(F.conv2d(features, weight, bias, padding=2, dilation=2))
+        features = torch.cat([features, added], 1)
+    return F.relu(_pointwise(features, fuse_weight, fuse_bias)) + x
+
+
+def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, weight[..., None, None], bias)
+
+
+def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), weight[:, None], bias, groups=weight.shape[0])

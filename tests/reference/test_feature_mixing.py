@@ -1,0 +1,73 @@
+"""The reference of feature mixing against its equations written out pixel by pixel."""
+
+import torch
+
+from mitnet_fast import reference
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def mirrored(place, size):
+    return place if 0 <= place < size else -place if place < 0 else 2 * (size - 1) - place
+
+
+def depthwise(value, weight, bias):
+    height, width = value.shape[2:]
+    out = torch.empty_like(value)
+    for y in range(height):
+        for x in range(width):
+            out[..., y, x] = bias
+            for dy in range(5):
+                for dx in range(5):
+                    source = value[..., mirrored(y + dy - 2, height), mirrored(x + dx - 2, width)]
+                    out[..., y, x] += weight[:, dy, dx] * source
+    return out
+
+
+def test_the_mlp_at_each_pixel():
+    x, weight1, bias1, weight2, bias2 = numbers(2, 3, 4, 5), numbers(6, 3), numbers(6), numbers(3, 6), numbers(3)
+    expected = x.clone()
+    for sample, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(5)):
+        hidden = (weight1 @ x[sample, :, row, column] + bias1).clamp(min=0)
+        expected[sample, :, row, column] += weight2 @ hidden + bias2
+    torch.testing.assert_close(reference.pointwise_mlp(x, weight1, bias1, weight2, bias2), expected)
+
+
+def test_local_mixing_at_each_pixel():
+    x, value_weight, value_bias = numbers(2, 3, 4, 3), numbers(3, 3), numbers(3)
+    weight, bias, proj_weight, proj_bias = numbers(3, 5, 5), numbers(3), numbers(3, 3) + 1, numbers(3) + 1
+    value = torch.einsum("ij,bjyx->biyx", value_weight, x) + value_bias[:, None, None]
+    mixed = depthwise(value, weight, bias)
+    expected = x + torch.einsum("ij,bjyx->biyx", proj_weight, mixed) + proj_bias[:, None, None]
+    actual = reference.local_mixing(x, value_weight, value_bias, weight, bias, proj_weight, proj_bias)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_local_global_mixing_at_each_pixel():
+    x, value, attended = numbers(2, 3, 4, 6), numbers(2, 3, 4, 6) + 1, numbers(2, 3, 4, 6) - 1
+    weight, bias, proj_weight, proj_bias = numbers(3, 5, 5), numbers(3), numbers(3, 3), numbers(3) + 1
+    rescale, rebias = numbers(2, 3), numbers(2, 3) + 1
+    mixed = depthwise(value, weight, bias) + attended
+    mixed = torch.einsum("ij,bjyx->biyx", proj_weight, mixed) + proj_bias[:, None, None]
+    expected = x + rescale[..., None, None] * mixed + rebias[..., None, None]
+    actual = reference.local_global_mixing(x, value, attended, weight, bias, proj_weight, proj_bias, rescale, rebias)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_dense_block_layer_by_layer():
+    x, biases, fuse_weight, fuse_bias = numbers(2, 3, 4, 5), numbers(10), numbers(3, 13), numbers(3)
+    weights = [numbers(2, 3 + 2 * layer, 3, 3) / 4 for layer in range(5)]
+    features = torch.zeros(2, 13, 4 + 4, 5 + 4, dtype=torch.float64)  # surrounded by two pixels of zeros
+    features[:, :3, 2:-2, 2:-2] = x
+    for layer, weight in enumerate(weights):
+        first = 3 + 2 * layer
+        for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(5)).tolist():
+            seen = features[:, :first, row : row + 5 : 2, column : column + 5 : 2]
+            value = torch.einsum("oiyx,biyx->bo", weight, seen) + biases[2 * layer : 2 * layer + 2]
+            features[:, first : first + 2, row + 2, column + 2] = value.clamp(min=0)
+    fused = torch.einsum("oi,biyx->boyx", fuse_weight, features[:, :, 2:-2, 2:-2]) + fuse_bias[:, None, None]
+    flat = torch.cat([weight.flatten() for weight in weights])
+    actual = reference.dense_block(x, flat, biases, fuse_weight, fuse_bias)
+    torch.testing.assert_close(actual, fused.clamp(min=0) + x)
