@@ -56,6 +56,11 @@ def smallest_side(window_size: int, shifted: bool) -> int:
     return (2 * window_size - window_size // 2 if shifted else window_size) // 2 + 1
 
 
+def matrix(convolution: nn.Conv2d) -> torch.Tensor:
+    """The weight [Co, C] of a 1×1 convolution."""
+    return convolution.weight.flatten(1)
+
+
 class RescaleNorm(nn.Module):
     """Layer norm over C, H and W of each sample that also predicts how to undo itself.
 
@@ -126,11 +131,6 @@ class RelativePositionBias(nn.Module):
     def forward(self) -> torch.Tensor:
         """The table [(2w−1)², heads], rows as in :func:`relative_offsets`."""
         return self.meta(self.offsets)
-
-
-def matrix(convolution: nn.Conv2d) -> torch.Tensor:
-    """The weight [Co, C] of a 1×1 convolution."""
-    return convolution.weight.flatten(1)
 
 
 class LocalGlobalMixing(nn.Module):

@@ -125,11 +125,16 @@ RIGHT = [
 ]
 
 
+def has_samples(name, value):
+    return value.dim() == 4 or name in ("rescale", "rebias")
+
+
 def filled(arguments, dtype=torch.float32, batch=None):
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(
-            value.shape if batch is None or value.dim() != 4 else (batch, *value.shape[1:]), generator=generator
+            (batch, *value.shape[1:]) if batch is not None and has_samples(name, value) else value.shape,
+            generator=generator,
         ).to(dtype)
         if isinstance(value, torch.Tensor)
         else value
