@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,49 @@ SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHARED_RESERVED_PER_BLOCK = 1024
 CSRC = Path(__file__).parent.parent / "csrc"
 NVCC_FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-O3", "-DNDEBUG", f"-I{CSRC}")
-# shared memory that kernels are launched with: C++ of their template arguments, and where it is declared
-SHARED_EXPRESSIONS = {
-    "predicted_forward_kernel": "{0}::forward_shared * sizeof({0}::Element)",
-    "predicted_backward_kernel": "{0}::backward_shared * sizeof({0}::Element)",
-    "filter_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
-    "grad_filters_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
+# MITNet's first level, of 256×256 pixels
+LEVEL = "AmplitudePhaseShape{{DataType::float32, 8, 20, 20, 20, 256, 256, {0}, 0.2, {1}}}"
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """What a family's kernels get of it at their launch: C++ of their template arguments, and where it is declared."""
+
+    headers: tuple[str, ...]
+    expressions: dict[str, str]
+
+
+SHARED = {
+    "dynamic_filter": SharedMemory(
+        ("dynamic_filter/dynamic_filter_kernels.cuh", "dynamic_filter/predicted_dynamic_filter_kernels.cuh"),
+        {
+            "predicted_forward_kernel": "{0}::forward_shared * sizeof({0}::Element)",
+            "predicted_backward_kernel": "{0}::backward_shared * sizeof({0}::Element)",
+            "filter_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
+            "grad_filters_kernel": "GivenSizes<{0}>::shared * sizeof({1})",
+        },
+    ),
+    "amplitude_phase": SharedMemory(
+        ("amplitude_phase/spectral_kernels.cuh", "amplitude_phase/image_kernels.cuh"),
+        {
+            "spectral_forward_kernel": f"bins_of_forward({LEVEL}).bytes",
+            "spectral_backward_kernel": f"bins_of_backward({LEVEL}, true).bytes",
+            "columns_kernel": f"forward_column({LEVEL}, true).bytes",
+            "backward_columns_kernel": f"backward_column({LEVEL}, true).bytes",
+            "rows_kernel": "row_bytes({{8, 8}})",
+            "inverse_rows_kernel": "row_bytes({{8, 8}})",
+            "spectrum_kernel": "spectrum_bytes({{8, 8}}, 20)",
+        },
+    ),
+    "window_attention": SharedMemory(
+        ("window_attention/window_attention_cuda.cuh",),
+        {
+            "window_attention_forward_kernel": "forward_bytes<{0}, {1}>(8)",
+            "window_attention_backward_kernel": "backward_bytes<{0}, {1}>(8)",
+            "large_window_attention_backward_kernel": "large_backward_bytes<{0}, {1}>(16)",
+        },
+    ),
 }
-SHARED_HEADERS = ("dynamic_filter/dynamic_filter_kernels.cuh", "dynamic_filter/predicted_dynamic_filter_kernels.cuh")
 
 
 @dataclass(frozen=True)
@@ -103,37 +139,51 @@ def find_nvcc() -> str | None:
 
 
 def cuda_rows(arch: int, sources: Sequence[Path]) -> Iterator[Row]:
-    """The kernels of CUDA sources, as ptxas compiles them.
+    """The kernels of CUDA sources, as ptxas compiles them, the sources side by side.
+
+    Args:
+        arch: 80, 90 or 100.
+        sources: of any family, whose name is that of a part of their path.
 
     Raises:
         FileNotFoundError: there is no nvcc.
         subprocess.CalledProcessError: a source does not compile.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
+    if find_nvcc() is None:
         raise FileNotFoundError("nvcc: neither in CUDA_HOME nor on PATH")
-    found: dict[str, tuple[int, int, int, int]] = {}  # registers, spilled, shared, warps by kernel
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda source: _rows_of_source(arch, source), sources)
+        seen = {row.kernel: row for rows in found for row in rows}  # some kernels are in several sources
+    yield from seen.values()
+
+
+def _rows_of_source(arch: int, source: Path) -> list[Row]:
+    nvcc = find_nvcc()
     with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            command = [nvcc, *NVCC_FLAGS, "-keep", f"-keep-dir={folder}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
-            compiled = subprocess.run(
-                [*command, str(source), "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True, check=True
-            )
-            ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
-            threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)}
-            for report in compiled.stderr.split("Compiling entry function '")[1:]:
-                name = report.partition("'")[0]
-                numbers = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
-                registers, stack, shared = (int((re.search(n, report) or [0, 0])[1]) for n in numbers)
-                found[name] = registers, stack, shared, threads[name] // 32
-        names = dict(zip(found, demangled(list(found)), strict=True))
-        dynamic = dynamic_shared(nvcc, list(names.values()), Path(folder))
-    for mangled, (registers, stack, static, warps) in found.items():
-        kernel = names[mangled]
-        shared = static + dynamic.get(kernel, 0)
-        yield Row(
-            "CUDA", kernel, f"sm_{arch}", registers, stack, shared, warps, occupancy(arch, registers, shared, warps)
+        command = [nvcc, *NVCC_FLAGS, "-keep", f"-keep-dir={folder}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        compiled = subprocess.run(
+            [*command, str(source), "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True, check=True
         )
+        ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
+        threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)}
+        found: dict[str, tuple[int, int, int, int]] = {}  # registers, spilled, static shared, warps by mangled name
+        for report in compiled.stderr.split("Compiling entry function '")[1:]:
+            name = report.partition("'")[0]
+            numbers = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
+            registers, stack, shared = (int((re.search(n, report) or [0, 0])[1]) for n in numbers)
+            found[name] = registers, stack, shared, threads[name] // 32
+        if not found:
+            return []
+        kernels = demangled(list(found))
+        family = next(family for family in SHARED if family in source.parts)
+        dynamic = dynamic_shared(arch, SHARED[family], kernels, Path(folder))
+    rows = []
+    for kernel, (registers, stack, static, warps) in zip(kernels, found.values(), strict=True):
+        shared = static + dynamic.get(kernel, 0)
+        share = occupancy(arch, registers, shared, warps)
+        rows.append(Row("CUDA", kernel, f"sm_{arch}", registers, stack, shared, warps, share))
+    return rows
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -142,29 +192,34 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"^void |mitnet_fast::|\(.*", "", line) for line in printed.splitlines()]
 
 
-def dynamic_shared(nvcc: str, kernels: list[str], folder: Path) -> dict[str, int]:
-    """Bytes of shared memory that the launchers ask for, by kernel."""
-    lines = [f'#include "{header}"' for header in SHARED_HEADERS]
+def template_arguments(kernel: str) -> list[str]:
+    """Those of a kernel's name, ["A<1, 2>", "3"] of "kernel<A<1, 2>, 3>"."""
+    arguments = kernel.partition("<")[2].rpartition(">")[0]
+    return [found.strip() for found in re.findall(r"(?:[^,<]|<.*>)+", arguments)]
+
+
+def dynamic_shared(arch: int, family: SharedMemory, kernels: list[str], folder: Path) -> dict[str, int]:
+    """Bytes of shared memory that the launchers ask for, by kernel, without those that ask for none."""
+    lines = [f'#include "{header}"' for header in family.headers]
     lines += ["#include <cstdio>", "using namespace mitnet_fast;", "int main() {"]
     for kernel in kernels:
-        name, _, arguments = kernel.partition("<")
-        if name in SHARED_EXPRESSIONS:
-            arguments = arguments.rpartition(">")[0].strip()
-            parts = arguments.split(", ") if "<" not in arguments else [arguments]
-            expression = SHARED_EXPRESSIONS[name].format(*parts)
+        expression = family.expressions.get(kernel.partition("<")[0])
+        if expression:
+            expression = expression.format(*template_arguments(kernel))
             lines.append(f'  std::printf("%d %s\\n", static_cast<int>({expression}), "{kernel}");')
     program = folder / "shared.cu"
     program.write_text("\n".join([*lines, "}", ""]))
-    subprocess.run([nvcc, *NVCC_FLAGS, str(program), "-o", str(folder / "shared")], capture_output=True, check=True)
+    command = [find_nvcc(), *NVCC_FLAGS, f"-arch=sm_{arch}", str(program), "-o", str(folder / "shared")]
+    subprocess.run(command, capture_output=True, check=True)
     printed = subprocess.run([folder / "shared"], capture_output=True, text=True, check=True).stdout
     sizes = (line.split(" ", 1) for line in printed.splitlines())
     return {kernel: int(size) for size, kernel in sizes}
 
 
 def cuda_sources(every: bool) -> list[Path]:
-    """The sources with kernels: all of them, or what networks run in bfloat16 and TF32."""
-    sources = sorted(CSRC.glob("dynamic_filter/*.cu"))
-    return [source for source in sources if every or source.stem.endswith(("_bfloat16", "_tf32"))]
+    """The families' sources: all of them, or without what networks run neither in bfloat16 nor in TF32."""
+    sources = [source for family in SHARED for source in sorted((CSRC / family).glob("*.cu"))]
+    return [source for source in sources if every or not source.stem.endswith(("_float16", "_ieee"))]
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from . import ops, reference
 from .ops._amplitude_phase import KERNELS as AMPLITUDE_PHASE_KERNELS
 from .ops._amplitude_phase import launchers as amplitude_phase_launchers
+from .ops._amplitude_phase import sizes_of
 from .ops._backends import choose
 from .ops._feature_mixing import LOCAL_SIZE
 from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_of_spectrum
@@ -489,7 +490,8 @@ def _amplitude_phase_as_seen(
 ) -> Callable[..., torch.Tensor]:
     """The reference from the spectrum that ``backend`` sees of ``x``, what counts as zero in its dtype set to zero."""
     x = tensors["x"].detach()
-    chosen = choose(AMPLITUDE_PHASE_KERNELS, backend, x.device.type, x.dtype)
+    sizes = sizes_of(x, tensors["weight1"], tensors["output_weight"])
+    chosen = choose(AMPLITUDE_PHASE_KERNELS, backend, x.device.type, x.dtype, sizes)
     if chosen == "reference":
         seen = reference.half_spectrum(x)
     else:

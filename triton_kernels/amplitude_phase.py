@@ -27,6 +27,7 @@ import triton.language as tl
 from ._common import check_pixels, configuration, divide, launch, power_of_two
 
 FAMILY = "amplitude_phase"
+MAX_CHANNELS = 256  # of a tile, which a program has on chip
 BINS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
 
 
@@ -693,6 +694,8 @@ class _Call:
         negative_slope: float,
         tf32: bool,
     ) -> None:
+        if x.shape[1] > MAX_CHANNELS:
+            raise ValueError(f"x: the Triton kernels take at most {MAX_CHANNELS} channels, got {x.shape[1]}")
         self.x = x
         self.sides = {
             "BLOCK_C": x.shape[1],

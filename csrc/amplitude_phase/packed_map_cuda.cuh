@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "amplitude_phase/amplitude_phase.h"
@@ -46,11 +44,13 @@ struct PackJobs {
   bool tf32;
 };
 
+constexpr int pack_threads = 256;
+
 // Grid: x covers the largest packed matrix, y the matrices. A thread writes one element.
-static __global__ void pack_kernel(const PackJobs jobs) {
+static __global__ void __launch_bounds__(pack_threads) pack_kernel(const PackJobs jobs) {
   const PackJob job = jobs.job[blockIdx.y];
   const int steps = padded(job.inner, 8) / 8;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * pack_threads + threadIdx.x;
   if (i >= packed_size(job.rows, job.inner)) return;
   const int tile = static_cast<int>(i / 128), lane = i % 128 / 4, element = i % 4;
   const int row = tile / steps * 16 + lane / 4 + element % 2 * 8;
@@ -92,8 +92,8 @@ inline PackedMap pack(const AmplitudePhaseShape& shape, const SpectralMap& map, 
   packed.bias2 = static_cast<const float*>(map.bias2);
   packed.negative_slope = static_cast<float>(shape.negative_slope);
   if (launch_it) {
-    const dim3 grid(static_cast<unsigned>(blocks_of(largest, 256)), static_cast<unsigned>(count));
-    launch("pack_kernel", pack_kernel, grid, 256, 0, stream, jobs);
+    const dim3 grid(static_cast<unsigned>(blocks_of(largest, pack_threads)), static_cast<unsigned>(count));
+    launch("pack_kernel", pack_kernel, grid, pack_threads, 0, stream, jobs);
   }
   return packed;
 }
@@ -145,19 +145,20 @@ inline void add_up(const AmplitudePhaseBackward& call, const PartialSums& sums, 
            RowSums<float>{nullptr, nullptr, 0, 0, 0, 1, 1}, stream);
 }
 
-// What a block may have in shared memory on every GPU since compute capability 8.0 (8.6 has the least), and on any.
-constexpr int64_t shared_bytes_everywhere = 99 * 1024, shared_bytes_anywhere = 227 * 1024;
+// Bins that a block works on at a time, and the dynamic shared memory this takes.
+struct SharedBins {
+  int bins;
+  size_t bytes;
+};
 
-// Bins of a tile: the most, up to 64, with which `planes(bins)` floats fit into a block's shared memory.
-template <typename Planes>
-int bins_that_fit(const AmplitudePhaseShape& shape, Planes&& planes) {
-  const auto bytes = [&](int bins) { return planes(bins) * static_cast<int64_t>(sizeof(float)); };
-  for (const int bins : {64, 32, 16, 8}) {
-    if (bytes(bins) <= shared_bytes_everywhere) return bins;
+// The most bins, up to 64 and `bins_at_most`, with which `floats(bins)` fit; none where 8 do not.
+template <typename Floats>
+SharedBins bins_that_fit(int64_t bytes_at_most, int bins_at_most, Floats&& floats) {
+  for (int bins = std::min(64, bins_at_most); bins >= 8; bins /= 2) {
+    const int64_t bytes = floats(bins) * static_cast<int64_t>(sizeof(float));
+    if (bytes <= bytes_at_most) return {bins, static_cast<size_t>(bytes)};
   }
-  if (bytes(8) <= shared_bytes_anywhere) return 8;
-  throw std::invalid_argument("x: " + std::to_string(shape.channels) + " channels with " +
-                              std::to_string(shape.hidden_channels) + " hidden ones do not fit into shared memory");
+  return {0, 0};
 }
 
 // Calls `with` with the constants (phase, tf32) of a kernel's template.

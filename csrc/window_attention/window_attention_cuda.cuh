@@ -69,6 +69,29 @@ inline AttentionWorkspace workspace_of(const WindowAttentionBackward& call) {
   return workspace;
 }
 
+// Dynamic shared memory of the kernels, in bytes. What depends on the window: `tables` of the bias or of its
+// gradient, `rows` of numbers for every query, and the positions of tokens.
+inline size_t bytes_of_window(int64_t window_size, int tables, int rows) {
+  const int64_t table = (2 * window_size - 1) * (2 * window_size - 1);
+  const int64_t tokens = blocks_of(window_size * window_size, chunk) * chunk;
+  return (tables * table + rows * tokens) * sizeof(float) + tokens * sizeof(Position);
+}
+
+template <typename Products, int D>
+size_t forward_bytes(int64_t window_size) {
+  return AttentionTiles<Products, D>::forward_bytes + bytes_of_window(window_size, 1, 0);
+}
+
+template <typename Products, int D>
+size_t backward_bytes(int64_t window_size) {
+  return AttentionTiles<Products, D>::backward_bytes + bytes_of_window(window_size, 1, 0);
+}
+
+template <typename Products, int D>
+size_t large_backward_bytes(int64_t window_size) {
+  return AttentionTiles<Products, D>::backward_bytes + bytes_of_window(window_size, 2, 3);
+}
+
 template <typename T, typename View>
 AttentionMap<T> map_of(const View& view, int64_t channel = 0) {
   T* data = static_cast<T*>(view.data);
@@ -97,14 +120,12 @@ void attention_forward(const WindowAttentionForward& call, cudaStream_t stream) 
   arguments.scale = 1 / std::sqrt(static_cast<float>(shape.head_size()));
   if (arguments.count == 0) return;
   const dim3 grid = grid_of(blocks_of(arguments.count, arguments.run) * arguments.windows.chunks * shape.heads);
-  const size_t table = shape.table_rows() * sizeof(float),
-               positions = arguments.windows.chunks * chunk * sizeof(Position);
   if (shape.head_size() <= 16) {
     launch("window_attention_forward_kernel", window_attention_forward_kernel<Products, 16>, grid, attention_threads,
-           AttentionTiles<Products, 16>::forward_bytes + table + positions, stream, arguments);
+           forward_bytes<Products, 16>(shape.window_size), stream, arguments);
   } else {
     launch("window_attention_forward_kernel", window_attention_forward_kernel<Products, 64>, grid, attention_threads,
-           AttentionTiles<Products, 64>::forward_bytes + table + positions, stream, arguments);
+           forward_bytes<Products, 64>(shape.window_size), stream, arguments);
   }
 }
 
@@ -135,21 +156,17 @@ void attention_backward(const WindowAttentionBackward& call, void* workspace, cu
   arguments.run = static_cast<int>(run_of(shape));
   arguments.scale = 1 / std::sqrt(static_cast<float>(shape.head_size()));
   const int64_t runs = blocks_of(arguments.count, arguments.run);
-  const size_t table = shape.table_rows() * sizeof(float),
-               positions = arguments.windows.chunks * chunk * sizeof(Position);
   if (runs > 0) {
     const dim3 grid = grid_of(runs * shape.heads);
     if (arguments.windows.chunks > 1) {
-      const size_t of_queries = 3 * arguments.windows.chunks * chunk * sizeof(float);
       launch("large_window_attention_backward_kernel", large_window_attention_backward_kernel<Products, 64>, grid,
-             attention_threads, AttentionTiles<Products, 64>::backward_bytes + 2 * table + of_queries + positions,
-             stream, arguments);
+             attention_threads, large_backward_bytes<Products, 64>(shape.window_size), stream, arguments);
     } else if (shape.head_size() <= 16) {
       launch("window_attention_backward_kernel", window_attention_backward_kernel<Products, 16>, grid,
-             attention_threads, AttentionTiles<Products, 16>::backward_bytes + table + positions, stream, arguments);
+             attention_threads, backward_bytes<Products, 16>(shape.window_size), stream, arguments);
     } else {
       launch("window_attention_backward_kernel", window_attention_backward_kernel<Products, 64>, grid,
-             attention_threads, AttentionTiles<Products, 64>::backward_bytes + table + positions, stream, arguments);
+             attention_threads, backward_bytes<Products, 64>(shape.window_size), stream, arguments);
     }
   }
   const auto gather = [&](const float* band, const AttentionMap<Element>& grad) {

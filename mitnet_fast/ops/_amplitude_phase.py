@@ -23,6 +23,9 @@ from ._checks import (
 from ._registration import define, differentiate, empty_for, layout_of, or_empty
 
 MODES = ("amplitude", "phase")
+# all channels of a tile of bins share one block's memory
+ON_CUDA = {"channels": 256, "hidden channels": 256, "output channels": 256}
+IN_TRITON = {"channels": 256, "pixels per image": 2**30}
 KERNELS = Kernels(
     "amplitude_phase",
     {
@@ -31,6 +34,7 @@ KERNELS = Kernels(
         ("triton", "cuda"): frozenset({torch.float32}),
         ("triton", "cpu"): frozenset({torch.float32}),
     },
+    limits={("cpp", "cuda"): ON_CUDA, ("triton", "cuda"): IN_TRITON, ("triton", "cpu"): IN_TRITON},
 )
 
 
@@ -106,12 +110,22 @@ def amplitude_phase_conv(
     if autocast_dtype(x) is None:
         check_one_dtype(**tensors)
     wide = [None if t is None else widened(t, x.dtype) for t in tensors.values()]
-    chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype)
+    chosen = choose(KERNELS, backend, x.device.type, wide[0].dtype, sizes_of(x, weight1, output_weight))
     if chosen != "reference":
         return torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen).to(x.dtype)
     with without_autocast(x):
         y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])
     return y.to(x.dtype)
+
+
+def sizes_of(x: torch.Tensor, weight1: torch.Tensor, output_weight: torch.Tensor | None) -> dict[str, int]:
+    """What of a call the limits of ``KERNELS`` refer to."""
+    return {
+        "channels": x.shape[1],
+        "hidden channels": weight1.shape[0],
+        "output channels": x.shape[1] if output_weight is None else output_weight.shape[0],
+        "pixels per image": x.shape[2] * x.shape[3],
+    }
 
 
 def widened(tensor: torch.Tensor, like: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -46,10 +46,12 @@ class Kernels:
     Attributes:
         family: the kernel family, which preferences and forced backends refer to.
         dtypes: for every (backend, device type) that has kernels, their dtypes.
+        limits: for a (backend, device type) whose kernels do not take every size, the most that they take.
     """
 
     family: str
     dtypes: dict[tuple[str, str], frozenset[torch.dtype]] = field(default_factory=dict)
+    limits: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
 
 
 @cache
@@ -143,8 +145,18 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: got {backend!r}, allowed are None and {', '.join(map(repr, BACKENDS))}")
 
 
-def why_not(kernels: Kernels, backend: str, device_type: str, dtype: torch.dtype) -> list[str]:
-    """Every reason why ``backend`` cannot run a call; an empty list means that it can."""
+def why_not(
+    kernels: Kernels, backend: str, device_type: str, dtype: torch.dtype, sizes: Mapping[str, int] | None = None
+) -> list[str]:
+    """Every reason why ``backend`` cannot run a call; an empty list means that it can.
+
+    Args:
+        kernels: of the operator.
+        backend: one of :data:`BACKENDS`.
+        device_type: of the call's tensors.
+        dtype: of the call's tensors.
+        sizes: of the call, by the names in ``kernels.limits``; None asks about no call in particular.
+    """
     if backend == "reference":
         return []
     dtypes = kernels.dtypes.get((backend, device_type))
@@ -159,11 +171,20 @@ def why_not(kernels: Kernels, backend: str, device_type: str, dtype: torch.dtype
         allowed = ", ".join(sorted(str(entry).removeprefix("torch.") for entry in dtypes))
         name = str(dtype).removeprefix("torch.")
         reasons.append(f"dtype {name} is not supported by {backend} on {device_type}, allowed: {allowed}")
+    for name, most in kernels.limits.get((backend, device_type), {}).items():
+        if sizes and sizes[name] > most:
+            reasons.append(f"{name} {sizes[name]} is more than {backend} takes on {device_type}: at most {most}")
     return reasons
 
 
-def choose(kernels: Kernels, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs a call.
+def choose(
+    kernels: Kernels,
+    backend: str | None,
+    device_type: str,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int] | None = None,
+) -> str:
+    """The backend that runs a call; arguments as in :func:`why_not`.
 
     Raises:
         BackendError: a backend asked for by name cannot run it.
@@ -175,12 +196,12 @@ def choose(kernels: Kernels, backend: str | None, device_type: str, dtype: torch
     if named_for_all and forced is not None and (forced, device_type) not in kernels.dtypes:
         return "reference"
     if forced is not None:
-        reasons = why_not(kernels, forced, device_type, dtype)
+        reasons = why_not(kernels, forced, device_type, dtype, sizes)
         if reasons:
             raise BackendError(f"backend {forced!r} cannot run this call: {'; '.join(reasons)}")
         return forced
     for candidate in preference(kernels.family, device_type):
-        if not why_not(kernels, candidate, device_type, dtype):
+        if not why_not(kernels, candidate, device_type, dtype, sizes):
             if not torch.compiler.is_compiling():
                 _say_what_is_missing()
                 _log(kernels.family, candidate, device_type, dtype)

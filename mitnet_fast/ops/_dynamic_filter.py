@@ -26,6 +26,7 @@ from ._registration import define, differentiate, empty_for, or_empty
 
 KERNEL_SIZES = (1, 3, 5, 7)
 HALF = frozenset({torch.float32, torch.bfloat16, torch.float16})
+IN_TRITON = {"pixels per image": 2**30}
 KERNELS = Kernels(
     "dynamic_filter",
     {
@@ -34,6 +35,7 @@ KERNELS = Kernels(
         ("triton", "cuda"): HALF,
         ("triton", "cpu"): HALF,
     },
+    limits={("triton", "cuda"): IN_TRITON, ("triton", "cpu"): IN_TRITON},
 )
 
 
@@ -71,7 +73,7 @@ def dynamic_filter(
     check_one_device(x=x, filters=filters)
     x, filters = cast_like_convolution(x, filters)
     check_one_dtype(x=x, filters=filters)
-    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    chosen = choose(KERNELS, backend, x.device.type, x.dtype, {"pixels per image": height * width})
     if chosen == "reference":
         return reference.dynamic_filter(x, filters, residual=residual)
     return torch.ops.mitnet_fast.dynamic_filter(x, filters, residual, chosen)
@@ -126,7 +128,7 @@ def predicted_dynamic_filter(
     check_one_device(x=x, features=features, weight=weight, bias=bias)
     x, features, weight, bias = cast_like_convolution(x, features, weight, bias)
     check_one_dtype(x=x, features=features, weight=weight, bias=bias)
-    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    chosen = choose(KERNELS, backend, x.device.type, x.dtype, {"pixels per image": height * width})
     if chosen == "reference":
         return reference.predicted_dynamic_filter(x, features, weight, bias, residual=residual)
     return torch.ops.mitnet_fast.predicted_dynamic_filter(x, features, weight, bias, residual, chosen)

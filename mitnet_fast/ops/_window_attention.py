@@ -23,6 +23,9 @@ from ._checks import (
 from ._registration import define, differentiate, empty_for, or_empty
 
 HALF = frozenset({torch.float32, torch.bfloat16, torch.float16})
+ON_CUDA = {"window_size": 16, "channels per head": 64}
+# the keys of a window share one program's memory
+IN_TRITON = ON_CUDA | {"channels per head of windows above 8×8": 32, "pixels per image": 2**30}
 KERNELS = Kernels(
     "window_attention",
     {
@@ -31,6 +34,7 @@ KERNELS = Kernels(
         ("triton", "cuda"): HALF,
         ("triton", "cpu"): HALF,
     },
+    limits={("cpp", "cuda"): ON_CUDA, ("triton", "cuda"): IN_TRITON, ("triton", "cpu"): IN_TRITON},
 )
 
 
@@ -95,7 +99,14 @@ def window_attention(
     check_one_device(qk=qk, v=v, bias_table=bias_table)
     qk, v, bias_table = cast_like_convolution(qk, v, bias_table)
     check_one_dtype(qk=qk, v=v, bias_table=bias_table)
-    chosen = choose(KERNELS, backend, v.device.type, v.dtype)
+    head = channels // num_heads
+    sizes = {
+        "window_size": window_size,
+        "channels per head": head,
+        "channels per head of windows above 8×8": head if window_size > 8 else 0,
+        "pixels per image": height * width,
+    }
+    chosen = choose(KERNELS, backend, v.device.type, v.dtype, sizes)
     if chosen == "reference":
         return reference.window_attention(qk, v, bias_table, num_heads=num_heads, window_size=window_size, shift=shift)
     return torch.ops.mitnet_fast.window_attention(qk, v, bias_table, num_heads, window_size, shift, chosen)

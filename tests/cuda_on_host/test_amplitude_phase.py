@@ -198,10 +198,18 @@ def test_a_slope_below_zero(plain: HostKernels) -> None:
     check(call, call.run(plain))
 
 
-def test_more_channels_than_shared_memory_holds_are_refused(plain: HostKernels) -> None:
-    call = Call(1, 1, 4096, 0, 1, 1, phase=False)
-    with pytest.raises(KernelFault, match="x: 1 channels with 4096 hidden ones do not fit into shared memory"):
-        call.run(plain)
+@pytest.mark.parametrize("position", [1, 2, 3])
+def test_more_channels_than_shared_memory_holds_are_refused(plain: HostKernels, position: int) -> None:
+    sizes = [1, 3, 3, 3, 1, 1]
+    sizes[position] = 257
+    with pytest.raises(KernelFault, match=r"x: CUDA kernels take at most 256 channels, .*, got 257"):
+        Call(*sizes, phase=False).run(plain)
+
+
+@pytest.mark.exhaustive
+def test_as_many_channels_as_shared_memory_holds(plain: HostKernels) -> None:
+    call = Call(1, 256, 256, 256, 2, 2, phase=True)
+    check(call, call.run(plain))
 
 
 def image_spectrum(kernels: HostKernels, call: Call) -> torch.Tensor:

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from mitnet_fast import ops
 from mitnet_fast.ops import _backends
 from mitnet_fast.ops._backends import Kernels, choose, why_not
+from mitnet_fast.verify import KERNELS
 
 EVERYWHERE = frozenset({torch.float32})
 
@@ -50,6 +52,67 @@ def test_a_family_without_kernels_says_so():
 def test_reasons_are_empty_only_for_what_runs(kernels):
     assert why_not(kernels, "cpp", "cpu", torch.float32) == []
     assert len(why_not(kernels, "cpp", "cpu", torch.int8)) == 1
+
+
+def test_a_size_that_kernels_do_not_take_is_a_reason(kernels):
+    limited = replace(kernels, limits={("cpp", "cpu"): {"channels": 8, "pixels": 100}})
+    assert choose(limited, None, "cpu", torch.float32, {"channels": 8, "pixels": 100}) == "cpp"
+    assert choose(limited, None, "cpu", torch.float32, {"channels": 9, "pixels": 100}) == "reference"
+    assert choose(limited, None, "cpu", torch.float16, {"channels": 9, "pixels": 101}) == "triton"
+    message = "'cpp' .* channels 9 is more than cpp takes on cpu: at most 8; pixels 101 is more .* at most 100"
+    with pytest.raises(ops.BackendError, match=message):
+        choose(limited, "cpp", "cpu", torch.float32, {"channels": 9, "pixels": 101})
+    assert why_not(limited, "cpp", "cpu", torch.float32) == []
+
+
+PIXELS = "pixels per image"
+ATTENTION = {"window_size": 16, "channels per head": 64, "channels per head of windows above 8×8": 32, PIXELS: 2**30}
+CHANNELS = {"channels": 256, "hidden channels": 256, "output channels": 256, PIXELS: 2**30}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "taken"),
+    [
+        ("window_attention", ATTENTION, ["cpp", "triton"]),
+        ("window_attention", ATTENTION | {"window_size": 17}, []),
+        ("window_attention", ATTENTION | {"channels per head": 65}, []),
+        ("window_attention", ATTENTION | {"channels per head of windows above 8×8": 33}, ["cpp"]),
+        ("window_attention", ATTENTION | {PIXELS: 2**30 + 1}, ["cpp"]),
+        ("amplitude_phase", CHANNELS, ["cpp", "triton"]),
+        ("amplitude_phase", CHANNELS | {"channels": 257}, []),
+        ("amplitude_phase", CHANNELS | {"hidden channels": 257}, ["triton"]),
+        ("amplitude_phase", CHANNELS | {"output channels": 257}, ["triton"]),
+        ("amplitude_phase", CHANNELS | {PIXELS: 2**30 + 1}, ["cpp"]),
+        ("dynamic_filter", {PIXELS: 2**30}, ["cpp", "triton"]),
+        ("dynamic_filter", {PIXELS: 2**30 + 1}, ["cpp"]),
+    ],
+    ids=str,
+)
+def test_what_no_gpu_kernel_takes_runs_in_plain_pytorch(monkeypatch, family, sizes, taken):
+    monkeypatch.setattr(_backends, "UNAVAILABLE", {})
+    for order in (["cpp", "triton", "reference"], ["triton", "cpp", "reference"]):
+        monkeypatch.setitem(_backends.PREFERENCES[family], "cuda", {"order": order})
+        expected = next((backend for backend in order if backend in taken), "reference")
+        assert choose(KERNELS[family], None, "cuda", torch.float32, sizes) == expected
+
+
+def test_calls_say_their_sizes(monkeypatch):
+    monkeypatch.setattr(_backends, "UNAVAILABLE", {})
+    for family in _backends.FAMILIES:
+        monkeypatch.setitem(_backends.PREFERENCES[family], "cpu", {"order": ["triton", "reference"]})
+    qk, v, table = torch.randn(1, 66, 17, 17), torch.randn(1, 33, 17, 17), torch.randn(33**2, 1)
+    options = {"num_heads": 1, "window_size": 17}
+    expected = ops.window_attention(qk, v, table, **options, backend="reference")
+    assert torch.equal(ops.window_attention(qk, v, table, **options), expected)
+    message = "window_size 17 is more than triton takes on cpu: at most 16; channels per head of windows .* 33 is more"
+    with pytest.raises(ops.BackendError, match=message):
+        ops.window_attention(qk, v, table, **options, backend="triton")
+    x = torch.randn(1, 257, 2, 2)
+    weights = torch.randn(3, 257), torch.randn(3), torch.randn(257, 3), torch.randn(257)
+    expected = ops.amplitude_phase_conv(x, *weights, backend="reference")
+    assert torch.equal(ops.amplitude_phase_conv(x, *weights), expected)
+    with pytest.raises(ops.BackendError, match="channels 257 is more than triton takes on cpu: at most 256"):
+        ops.amplitude_phase_conv(x, *weights, backend="triton")
 
 
 def test_context_forces_and_restores(kernels):

@@ -208,6 +208,16 @@ def test_offsets_have_64_bits():
     assert expected[0] > 2**31
 
 
+def test_more_channels_than_a_program_holds_are_refused():
+    weights = torch.empty(1, 257, device="meta"), torch.empty(1, device="meta")
+    weights += torch.empty(257, 1, device="meta"), torch.empty(257, device="meta")
+    arguments = torch.empty(1, 257, 1, 1, device="meta"), *weights, None, False, 0.2, False
+    with pytest.raises(ValueError, match="x: the Triton kernels take at most 256 channels, got 257"):
+        launchers.amplitude_phase_conv_forward(*arguments)
+    with pytest.raises(ValueError, match="x: the Triton kernels take at most 256 channels, got 257"):
+        launchers.amplitude_phase_conv_backward(arguments[0], *arguments, *[True] * 5, False)
+
+
 def test_more_pixels_than_the_kernels_can_count_are_refused():
     x = torch.empty(1, 1, 2, MAX_PIXELS // 2 + 1, device="meta")
     weights = torch.empty(1, 1, device="meta"), torch.empty(1, device="meta")
