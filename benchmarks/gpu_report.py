@@ -1,16 +1,20 @@
 """Everything that only a GPU can say, in one command: ``make gpu-report OUT=folder``.
 
-    python -m benchmarks.gpu_report OUT [--part NAME …] [--minutes 9]
+    python -m benchmarks.gpu_report OUT [--part NAME …] [--minutes 6.5]
 
-Parts, each with a time limit of its own; one that fails leaves the others standing:
+Parts, each with a time limit of its own; one that fails leaves the others standing. First, one after
+another, what is measured:
 
-    machine     doctor's findings and nvidia-smi
-    tests       the operators' and Triton kernels' tests on the GPU
-    verify      every operator × backend × dtype × layout × shape against float64
-    rates       copy bandwidth and matrix rates of this GPU, which the benchmarks are held against
-    operators   speed and memory of the operators against eager and torch.compile
-    resources   registers, spills, shared memory and occupancy of every kernel
-    sanitizer   compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a small set of calls
+    rates         copy bandwidth and matrix rates of this GPU, which the benchmarks are held against
+    operators-…   speed and memory of a family's operators against eager and torch.compile
+    networks      training steps and inference of MITNet and DCMPNet
+
+then, side by side, what is right or wrong:
+
+    machine       doctor's findings
+    tests-…       the operators' and Triton kernels' tests on the GPU
+    verify-…      every operator × dtype × layout × shape of a backend against float64
+    sanitizer-…   compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a small set of calls
 
 Writes OUT/summary.md, and for each part a log and its CSV or JSON. Downloads nothing.
 """
@@ -19,19 +23,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from mitnet_fast.ops._backends import FAMILIES, why_not
+from mitnet_fast.specs import SPECS, outputs_and_gradients
+from mitnet_fast.verify import KERNELS
+
 from .measure import environment, machine_rates
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+MEASURED = 0.6  # of the time at most, what is left is for the checks
 
 
 @dataclass(frozen=True)
@@ -40,73 +52,99 @@ class Part:
 
     Attributes:
         name: of the part and its log.
-        command: run with this interpreter, or as it is where it starts with a program's path.
+        command: run as it is.
         seconds: time limit.
+        alone: whether nothing else may run meanwhile.
+        environment: variables beside those of this process.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    alone: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parts(folder: Path) -> Iterator[Part]:
     """All parts in their order; those whose tool is missing say so in their log and fail."""
     python = sys.executable
-    yield Part("machine", (python, "-m", "mitnet_fast", "doctor"), 30)
-    tests = ("tests/ops", "tests/triton_kernels", "tests/test_extension.py")
-    yield Part("tests", (python, "-m", "pytest", "-q", "-m", "not exhaustive", "-x", "--maxfail=20", *tests), 150)
-    yield Part("verify", (python, "-m", "mitnet_fast", "verify", "--json", str(folder / "verify.json")), 90)
-    yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30)
-    for dtype in ("float32", "bfloat16"):
-        for layout in ("contiguous", "channels_last"):
-            stem = folder / f"operators-{dtype}-{layout}"
-            words = ("--device", "cuda", "--dtype", dtype, "--layout", layout, "--batch", "8", "--seconds", "0.3")
-            compiled = ("--compile",) if layout == "contiguous" else ()
-            command = (python, "-m", "benchmarks.ops", *words, *compiled, "--output", str(stem))
-            yield Part(f"operators-{dtype}-{layout}", command, 100)
-    yield Part("resources", (python, "-m", "benchmarks.resources"), 90)
+    yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30, alone=True)
+    operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3", "--cases", "3")
+    half = ("--dtype", "bfloat16", "--layout", "channels_last")
+    for family in FAMILIES:
+        output = ("--output", str(folder / f"operators-{family}"))
+        yield Part(f"operators-{family}", (*operators, "--family", family, "--compile", *output), 75, alone=True)
+    for family in (family for family in FAMILIES if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
+        output = ("--output", str(folder / f"operators-{family}-bfloat16"))
+        yield Part(f"operators-{family}-bfloat16", (*operators, "--family", family, *half, *output), 45, alone=True)
+    words = ("--device", "cuda", "--batch", "4", "--size", "256", "--seconds", "1")
+    output = ("--output", str(folder / "networks"))
+    yield Part("networks", (python, "-m", "benchmarks.models", *words, *output), 75, alone=True)
+
+    yield Part("machine", (python, "-m", "mitnet_fast", "doctor"), 60)
+    pytest = (python, "-m", "pytest", "-q", "-n", "4", "--maxfail", "20", "-m", "not exhaustive")
+    # every case is in verify, and Triton would compile for every random one
+    words = ("-k", "cuda and not every_case and (cpp or not random)")
+    yield Part("tests-operators", (*pytest, *words, "tests/ops/test_kernels.py"), 200)
+    yield Part("tests-triton", (*pytest, "tests/triton_kernels"), 200)
+    for family in FAMILIES:
+        for backend in ("cpp", "triton"):
+            words = ("--family", family, "--backend", backend, "--seconds", "120")
+            output = ("--json", str(folder / f"verify-{family}-{backend}.json"))
+            yield Part(f"verify-{family}-{backend}", (python, "-m", "mitnet_fast", "verify", *words, *output), 200)
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    # every tensor in memory of its own: what lies between two is then out of bounds
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in SANITIZER_TOOLS:
-        check = (python, "-m", "benchmarks.gpu_report", str(folder), "--calls-for-sanitizer")
-        yield Part(f"sanitizer-{tool}", (sanitizer, "--tool", tool, "--error-exitcode", "1", *check), 60)
+        calls = (python, "-m", "benchmarks.gpu_report", str(folder), "--calls-for-sanitizer")
+        command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *calls)
+        yield Part(f"sanitizer-{tool}", command, 200, environment=uncached)
 
 
 def calls_for_sanitizer() -> None:
-    """Every operator on every GPU backend, odd sizes, each dtype and layout once: small, since it runs very slowly."""
-    from mitnet_fast.ops._backends import why_not
-    from mitnet_fast.specs import SPECS, outputs_and_gradients
-    from mitnet_fast.verify import KERNELS
-
+    """Every operator on every GPU backend in every dtype: small calls, since each runs very slowly."""
     for spec in SPECS:
-        for (backend, device), dtypes in KERNELS[spec.family].dtypes.items():
-            if device != "cuda":
-                continue
-            for dtype in sorted(dtypes, key=str):
-                if why_not(KERNELS[spec.family], backend, device, dtype):
-                    continue
-                for case in spec.cases[3:5]:
-                    for variant in list(spec.dtypes_and_layouts(case, [dtype]))[:2]:
-                        tensors = spec.inputs(variant, device)
-                        gradient = spec.gradient(variant, spec.run(variant, tensors, backend))
-                        outputs_and_gradients(spec, variant, tensors, gradient, backend)
+        # an odd size, and one for which there are transforms of our own
+        cases = spec.typical, replace(spec.typical, sizes=spec.typical.sizes | {"height": 16, "width": 8})
+        kernels = KERNELS[spec.family]
+        for (backend, device), dtypes in kernels.dtypes.items():
+            runnable = [dtype for dtype in sorted(dtypes, key=str) if not why_not(kernels, backend, device, dtype)]
+            for dtype in runnable if device == "cuda" else ():
+                for case, layout in zip(cases, ("contiguous", "channels_last"), strict=True):
+                    variant = replace(case, dtype=dtype, layout=layout)
+                    tensors = spec.inputs(variant, device)
+                    gradient = spec.gradient(variant, spec.run(variant, tensors, backend))
+                    outputs_and_gradients(spec, variant, tensors, gradient, backend)
     torch.cuda.synchronize()
 
 
 def run_part(part: Part, folder: Path, deadline: float) -> dict[str, object]:
-    """Run one part within its limit and what is left of the whole; its output goes to NAME.log."""
+    """Run one part within its limit and what is left until the deadline; its output goes to NAME.log."""
     seconds = min(part.seconds, deadline - time.monotonic())
     if seconds <= 5:
         return {"part": part.name, "result": "not run: no time left", "seconds": 0.0}
     begun = time.monotonic()
     with open(folder / f"{part.name}.log", "w") as log:
         try:
-            code = subprocess.run(part.command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
-            result = "passed" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            result = f"stopped after {seconds:.0f} s"
+            result = _run(part, log, seconds)
         except OSError as error:
             result = f"could not start: {error}"
     return {"part": part.name, "result": result, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _run(part: Part, log: object, seconds: float) -> str:
+    process = subprocess.Popen(
+        part.command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | part.environment, start_new_session=True
+    )
+    try:
+        code = process.wait(seconds)
+        return "passed" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def write_summary(folder: Path, results: list[dict[str, object]]) -> None:
@@ -127,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the report goes; made if missing")
     parser.add_argument("--part", action="append", help="only parts whose name starts so; as often as needed")
-    parser.add_argument("--minutes", type=float, default=8.5, help="limit of the whole report")
+    parser.add_argument("--minutes", type=float, default=6.5, help="limit of the whole report")
     parser.add_argument("--rates", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--calls-for-sanitizer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,13 +180,22 @@ def main() -> None:
     wanted = [part for part in parts(folder) if not options.part or part.name.startswith(tuple(options.part))]
     if not wanted:
         parser.error(f"--part: got {options.part}, allowed are {', '.join(part.name for part in parts(folder))}")
-    deadline = time.monotonic() + 60 * options.minutes
-    results = []
-    for part in wanted:
-        print(f"{part.name} …", flush=True)
-        results.append(run_part(part, folder, deadline))
-        print(f"{part.name}: {results[-1]['result']} ({results[-1]['seconds']} s)", flush=True)
+    begun, seconds = time.monotonic(), 60 * options.minutes
+    results: list[dict[str, object]] = []
+
+    def keep(result: dict[str, object]) -> None:
+        results.append(result)
+        print(f"{result['part']}: {result['result']} ({result['seconds']} s)", flush=True)
         write_summary(folder, results)
+
+    checks = [part for part in wanted if not part.alone]
+    for part in wanted:
+        if part.alone:
+            print(f"{part.name} …", flush=True)
+            keep(run_part(part, folder, begun + (MEASURED if checks else 1) * seconds))
+    with ThreadPoolExecutor(len(checks) or 1) as pool:
+        for finished in as_completed(pool.submit(run_part, part, folder, begun + seconds) for part in checks):
+            keep(finished.result())
     print((folder / "summary.md").read_text())
     sys.exit(any(entry["result"] != "passed" for entry in results))
 

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -93,6 +95,7 @@ class Row:
     shared_bytes: int
     warps: int
     occupancy: float
+    compiler: str
 
 
 def occupancy(arch: int, registers: int, shared_bytes: int, warps: int) -> float:
@@ -129,6 +132,7 @@ def triton_rows(arch: int, every: bool) -> Iterator[Row]:
             found["shared_bytes"],
             found["num_warps"],
             occupancy(arch, *numbers),
+            f"Triton {version('triton')}",
         )
 
 
@@ -151,39 +155,38 @@ def cuda_rows(arch: int, sources: Sequence[Path]) -> Iterator[Row]:
     """
     if find_nvcc() is None:
         raise FileNotFoundError("nvcc: neither in CUDA_HOME nor on PATH")
+    printed = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = f"nvcc {re.search(r'V([0-9.]+)', printed)[1]}"
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    families = {source: next(family for family in SHARED if family in source.parts) for source in sources}
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda source: _rows_of_source(arch, source), sources)
-        seen = {row.kernel: row for rows in found for row in rows}  # some kernels are in several sources
-    yield from seen.values()
+        kernels: dict[str, dict[str, tuple[int, int, int, int]]] = {}
+        for family, found in zip(families.values(), pool.map(partial(_compiled, arch), families), strict=True):
+            kernels.setdefault(family, {}).update(found)  # some kernels are in several sources
+        asked = pool.map(lambda family: dynamic_shared(arch, SHARED[family], list(kernels[family])), kernels)
+        dynamic = {kernel: size for sizes in asked for kernel, size in sizes.items()}
+    for kernel, (registers, spilled, static, warps) in (item for found in kernels.values() for item in found.items()):
+        shared = static + dynamic.get(kernel, 0)
+        share = occupancy(arch, registers, shared, warps)
+        yield Row("CUDA", kernel, f"sm_{arch}", registers, spilled, shared, warps, share, compiler)
 
 
-def _rows_of_source(arch: int, source: Path) -> list[Row]:
-    nvcc = find_nvcc()
+def _compiled(arch: int, source: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Registers, bytes on the stack, static shared memory and warps of a source's kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *NVCC_FLAGS, "-keep", f"-keep-dir={folder}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        command = [find_nvcc(), *NVCC_FLAGS, "-keep", f"-keep-dir={folder}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
         compiled = subprocess.run(
             [*command, str(source), "-o", f"{folder}/kernels.cubin"], capture_output=True, text=True, check=True
         )
         ptx = (Path(folder) / f"{source.stem}.ptx").read_text()
-        threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)}
-        found: dict[str, tuple[int, int, int, int]] = {}  # registers, spilled, static shared, warps by mangled name
-        for report in compiled.stderr.split("Compiling entry function '")[1:]:
-            name = report.partition("'")[0]
-            numbers = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
-            registers, stack, shared = (int((re.search(n, report) or [0, 0])[1]) for n in numbers)
-            found[name] = registers, stack, shared, threads[name] // 32
-        if not found:
-            return []
-        kernels = demangled(list(found))
-        family = next(family for family in SHARED if family in source.parts)
-        dynamic = dynamic_shared(arch, SHARED[family], kernels, Path(folder))
-    rows = []
-    for kernel, (registers, stack, static, warps) in zip(kernels, found.values(), strict=True):
-        shared = static + dynamic.get(kernel, 0)
-        share = occupancy(arch, registers, shared, warps)
-        rows.append(Row("CUDA", kernel, f"sm_{arch}", registers, stack, shared, warps, share))
-    return rows
+    threads = {name: int(n) for name, n in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)}
+    found: dict[str, tuple[int, int, int, int]] = {}
+    for report in compiled.stderr.split("Compiling entry function '")[1:]:
+        name = report.partition("'")[0]
+        numbers = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
+        registers, stack, shared = (int((re.search(n, report) or [0, 0])[1]) for n in numbers)
+        found[name] = registers, stack, shared, threads[name] // 32
+    return dict(zip(demangled(list(found)), found.values(), strict=True)) if found else {}
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -198,7 +201,7 @@ def template_arguments(kernel: str) -> list[str]:
     return [found.strip() for found in re.findall(r"(?:[^,<]|<.*>)+", arguments)]
 
 
-def dynamic_shared(arch: int, family: SharedMemory, kernels: list[str], folder: Path) -> dict[str, int]:
+def dynamic_shared(arch: int, family: SharedMemory, kernels: list[str]) -> dict[str, int]:
     """Bytes of shared memory that the launchers ask for, by kernel, without those that ask for none."""
     lines = [f'#include "{header}"' for header in family.headers]
     lines += ["#include <cstdio>", "using namespace mitnet_fast;", "int main() {"]
@@ -207,11 +210,12 @@ def dynamic_shared(arch: int, family: SharedMemory, kernels: list[str], folder: 
         if expression:
             expression = expression.format(*template_arguments(kernel))
             lines.append(f'  std::printf("%d %s\\n", static_cast<int>({expression}), "{kernel}");')
-    program = folder / "shared.cu"
-    program.write_text("\n".join([*lines, "}", ""]))
-    command = [find_nvcc(), *NVCC_FLAGS, f"-arch=sm_{arch}", str(program), "-o", str(folder / "shared")]
-    subprocess.run(command, capture_output=True, check=True)
-    printed = subprocess.run([folder / "shared"], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "shared.cu"
+        program.write_text("\n".join([*lines, "}", ""]))
+        command = [find_nvcc(), *NVCC_FLAGS, f"-arch=sm_{arch}", str(program), "-o", str(program.with_suffix(""))]
+        subprocess.run(command, capture_output=True, check=True)
+        printed = subprocess.run([program.with_suffix("")], capture_output=True, text=True, check=True).stdout
     sizes = (line.split(" ", 1) for line in printed.splitlines())
     return {kernel: int(size) for size, kernel in sizes}
 
@@ -222,11 +226,37 @@ def cuda_sources(every: bool) -> list[Path]:
     return [source for source in sources if every or not source.stem.endswith(("_float16", "_ieee"))]
 
 
+def write_table(rows: Sequence[Row], path: Path) -> None:
+    """One Markdown line per kernel, architectures side by side."""
+    architectures = list(dict.fromkeys(row.architecture for row in rows))
+    found = {(row.language, row.kernel, row.architecture): row for row in rows}
+    lines = [
+        f"Compiled by {' and '.join(dict.fromkeys(row.compiler for row in rows))}, not run: registers of a thread, "
+        "bytes that it spills, KB of shared memory and warps of a block, and the share of a multiprocessor's warps "
+        "that registers and shared memory let run at a time.",
+        "",
+        f"| kernel | {' | '.join(architectures)} |",
+        f"|---|{'---|' * len(architectures)}",
+    ]
+    for language, kernel in dict.fromkeys((row.language, row.kernel) for row in rows):
+        cells = []
+        for architecture in architectures:
+            row = found.get((language, kernel, architecture))
+            cells.append(
+                f"{row.registers} regs, {row.spilled_bytes} B spilled, {row.shared_bytes / 1024:.1f} KB, "
+                f"{row.warps} warps, {row.occupancy:.0%}"
+                if row
+                else ""
+            )
+        lines.append(f"| {language}: `{kernel}` | {' | '.join(cells)} |")
+    path.write_text("\n".join([*lines, ""]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, action="append", choices=ARCHITECTURES, help="all by default")
     parser.add_argument("--every", action="store_true", help="every representative launch, not one per kernel")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.csv, OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
     console = Console()
     rows: list[Row] = []
@@ -246,7 +276,8 @@ def main() -> None:
         console.print(table)
     if options.output:
         write_results(rows, options.output)
-        console.print(f"written: {options.output}.csv, {options.output}.json")
+        write_table(rows, options.output.with_suffix(".md"))
+        console.print(f"written: {options.output}.csv, {options.output}.json, {options.output}.md")
 
 
 if __name__ == "__main__":

@@ -344,6 +344,7 @@ def verify(
     family: Annotated[str | None, typer.Option(help="One kernel family.")] = None,
     backend: Annotated[str | None, typer.Option(help="One backend.")] = None,
     random_cases: Annotated[int, typer.Option("--random", min=0, help="Random cases on top of the fixed ones.")] = 0,
+    seconds: Annotated[float | None, typer.Option(help="Begin no call after so many; all run by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every check here.")] = None,
 ) -> None:
     """Check every kernel that can run here against float64."""
@@ -352,7 +353,7 @@ def verify(
     interruptible()
 
     with _progress("verifying") as advance:
-        verification = run_verification(family, backend, random_cases=random_cases, progress=advance)
+        verification = run_verification(family, backend, random_cases=random_cases, seconds=seconds, progress=advance)
     console.print(verification.render())
     for name, reason in verification.not_run.items():
         _line(f"not run: {name}: {reason}")

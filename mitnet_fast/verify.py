@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -114,6 +115,7 @@ def verify(
     *,
     random_cases: int = 0,
     devices: Sequence[str] | None = None,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check every operator on every backend that can run here.
@@ -123,6 +125,7 @@ def verify(
         backend: one backend; None for all compiled ones.
         random_cases: cases of the seeded random sweep, on top of the fixed ones.
         devices: device types; None for the CPU and, where there is one, the GPU.
+        seconds: after which no call is begun; those left are among what could not run.
         progress: called with the number of calls done and of all.
 
     Raises:
@@ -136,8 +139,12 @@ def verify(
     not_run: dict[str, str] = {}
     calls = list(_calls(family, backend, devices, random_cases, not_run))
     checks: list[Check] = []
+    begun = time.monotonic()
     with poisoned_memory():
         for index, (spec, case, name, device) in enumerate(calls):
+            if seconds is not None and time.monotonic() - begun > seconds:
+                not_run[f"the last {len(calls) - index} of {len(calls)} calls"] = f"{seconds:g} s are over"
+                break
             checks += check_call(spec, case, name, device)
             if progress:
                 progress(index + 1, len(calls))

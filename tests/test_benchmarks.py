@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from benchmarks import (
 )
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import _backends
-from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER
+from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER, expectations
 
 SMALL = replace(
     PREDICTED_DYNAMIC_FILTER.benchmark_cases[0],
@@ -80,6 +82,8 @@ def test_shifted_slices_are_the_same_operator():
 
 def test_a_wrong_implementation_has_no_speed(monkeypatch):
     monkeypatch.setattr(ops, "in_new_process", lambda *_: 0.0)
+    held_to = []
+    monkeypatch.setattr(ops, "expectations", lambda *a: (held_to.append(a[-1]), expectations(*a))[1])
 
     def implementations(spec, case, device, compiled):
         def right(**tensors):
@@ -99,6 +103,7 @@ def test_a_wrong_implementation_has_no_speed(monkeypatch):
         assert row.problem == (None if row.implementation == "eager" else "fails its check")
         assert (row.median_ms is None) == (row.speedup is None) == (row.implementation == "wrong")
         assert row.case == "[2, 20, 24, 20] kernel_size=3 features=20 bias=2"
+    assert held_to == ["reference"]  # the truth is computed once
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,37 @@ def test_a_wrong_implementation_has_no_speed(monkeypatch):
 )
 def test_occupancy(registers, shared, warps, expected):
     assert resources.occupancy(90, registers, shared, warps) == expected
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments"),
+    [
+        ("kernel<HalfAttention<__nv_bfloat16>, 16>", ["HalfAttention<__nv_bfloat16>", "16"]),
+        ("kernel<FilterSizes<Tf32Products, 3, 4> >", ["FilterSizes<Tf32Products, 3, 4>"]),
+        ("kernel<true, false>", ["true", "false"]),
+        ("kernel", []),
+    ],
+)
+def test_template_arguments(kernel, arguments):
+    assert resources.template_arguments(kernel) == arguments
+
+
+def test_the_table_of_resources_has_architectures_side_by_side(tmp_path):
+    rows = [
+        resources.Row("CUDA", "a<1>", "sm_80", 32, 0, 1536, 4, 1.0, "nvcc 13.0"),
+        resources.Row("Triton", "b", "sm_90", 64, 8, 0, 8, 0.5, "Triton 3.6"),
+        resources.Row("CUDA", "a<1>", "sm_90", 40, 0, 1536, 4, 0.75, "nvcc 13.0"),
+    ]
+    resources.write_table(rows, tmp_path / "table.md")
+    text, _, *table, end = (tmp_path / "table.md").read_text().split("\n")
+    assert text.startswith("Compiled by nvcc 13.0 and Triton 3.6, not run: ")
+    assert end == ""
+    assert table == [
+        "| kernel | sm_80 | sm_90 |",
+        "|---|---|---|",
+        "| CUDA: `a<1>` | 32 regs, 0 B spilled, 1.5 KB, 4 warps, 100% | 40 regs, 0 B spilled, 1.5 KB, 4 warps, 75% |",
+        "| Triton: `b` |  | 64 regs, 8 B spilled, 0.0 KB, 8 warps, 50% |",
+    ]
 
 
 def test_a_part_that_fails_leaves_the_others_standing(tmp_path, monkeypatch, capsys):
@@ -140,6 +176,114 @@ def test_a_part_that_fails_leaves_the_others_standing(tmp_path, monkeypatch, cap
     assert (tmp_path / "report" / "slow.log").read_text() == "begun\n"
     assert "| good | passed |" in (tmp_path / "report" / "summary.md").read_text()
     assert "good: passed" in capsys.readouterr().out
+
+
+def test_checks_run_side_by_side_after_what_is_measured(tmp_path, monkeypatch):
+    def part(name, waits_for, **options):
+        code = (
+            "import sys, time; from pathlib import Path; own, other = map(Path, sys.argv[1:]); own.touch()\n"
+            "while not other.exists(): time.sleep(0.01)"
+        )
+        command = (sys.executable, "-c", code, str(tmp_path / name), str(tmp_path / waits_for))
+        return gpu_report.Part(name, command, 60, **options)
+
+    monkeypatch.setattr(
+        gpu_report,
+        "parts",
+        lambda folder: [
+            part("a", "b"),
+            part("b", "a"),
+            part("measured", "measured", alone=True),
+            part("c", "measured"),
+        ],
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path / "report")])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main()
+    assert stopped.value.code == 0
+    results = json.loads((tmp_path / "report" / "summary.json").read_text())["parts"]
+    assert [entry["result"] for entry in results] == ["passed"] * 4
+    assert results[0]["part"] == "measured"
+
+
+def test_measuring_leaves_time_for_the_checks(tmp_path, monkeypatch):
+    left = {}
+
+    def run(part, folder, deadline):
+        left[part.name] = deadline - time.monotonic()
+        return {"part": part.name, "result": "passed", "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_report, "run_part", run)
+    for words in ([], ["--part", "operators"]):
+        monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path), "--minutes", "1", *words])
+        with pytest.raises(SystemExit):
+            gpu_report.main()
+        expected = 60.0 if words else 36.0
+        assert all(left[name] == pytest.approx(expected, abs=5) for name in left if name.startswith("operators"))
+    assert {name: round(left[name], -1) for name in left if name.startswith("verify")} == dict.fromkeys(
+        [f"verify-{family}-{backend}" for family in _backends.FAMILIES for backend in ("cpp", "triton")], 60.0
+    )
+
+
+def test_a_part_that_is_stopped_takes_along_what_it_started(tmp_path):
+    code = (
+        "import subprocess, sys; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    part = gpu_report.Part("parent", (sys.executable, "-c", code), 6)
+    result = gpu_report.run_part(part, tmp_path, time.monotonic() + 60)
+    assert result["result"] == "stopped after 6 s"
+    child = Path("/proc") / (tmp_path / "parent.log").read_text().strip() / "stat"
+    for _ in range(100):  # a killed process stays as a zombie until its new parent looks
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the child is still there")
+
+
+def test_the_sanitizers_tools_run_the_same_calls_without_cached_memory(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", str(tmp_path / "report"), "--part", "sanitizer"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.main()
+    assert stopped.value.code == 0
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        printed = (tmp_path / "report" / f"sanitizer-{tool}.log").read_text().split()
+        assert printed[:5] == ["1", "--tool", tool, "--error-exitcode", "1"]
+        assert printed[6:] == ["-m", "benchmarks.gpu_report", str(tmp_path / "report"), "--calls-for-sanitizer"]
+
+
+def test_the_sanitizers_calls_reach_every_operator_and_both_ways_to_transform(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_report, "why_not", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Recorded:
+        def __init__(self, spec):
+            self.spec, self.family, self.typical = spec, spec.family, spec.typical
+
+        def inputs(self, case, device):
+            assert device == "cuda"
+            return self.spec.inputs(case, "cpu")
+
+        def run(self, case, tensors, backend):
+            seen.append((self.spec.name, backend, case.dtype, case.sizes["height"], case.sizes["width"], case.layout))
+            return self.spec.run(case, tensors, "reference")
+
+        def gradient(self, case, y):
+            return self.spec.gradient(case, y)
+
+    monkeypatch.setattr(gpu_report, "SPECS", [Recorded(spec) for spec in gpu_report.SPECS])
+    monkeypatch.setattr(gpu_report, "outputs_and_gradients", lambda *_: None)
+    gpu_report.calls_for_sanitizer()
+    assert len(seen) == len(set(seen)) == 2 * 2 * (3 * 3 + 1)
+    assert ("amplitude_phase_conv", "cpp", torch.float32, 16, 8, "channels_last") in seen
+    assert {name for name, *_ in seen} == {spec.name for spec in gpu_report.SPECS}
 
 
 def test_the_report_names_its_parts(monkeypatch, tmp_path, capsys):

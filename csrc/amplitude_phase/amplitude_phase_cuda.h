@@ -21,9 +21,9 @@ int64_t amplitude_phase_backward_workspace_cuda(const AmplitudePhaseBackward& ca
 void amplitude_phase_backward_cuda(const AmplitudePhaseBackward& call, void* workspace, void* stream);
 
 // The whole convolution, transforms included, for the sizes that have it: the maps of these calls are images
-// [B, C, H, W], contiguous, in the place of their spectra. `has_images_cuda` asks the current device, too, since
-// columns of all channels have to fit into its shared memory. Other than that C, H and W decide, as long as neither Ch
-// nor Co is more than C and 32.
+// [B, C, H, W], contiguous, in the place of their spectra. `has_images_cuda` asks transforms_preferred.h, which has
+// what was chosen for every size, and the current device, since columns of all channels have to fit into its shared
+// memory. Other than that C, H and W decide, as long as neither Ch nor Co is more than C and 32.
 
 bool has_images_cuda(const AmplitudePhaseShape& shape);
 

@@ -50,7 +50,11 @@ void launch_inverse_rows(const AmplitudePhaseShape& shape, int64_t channels, con
 }  // namespace
 
 bool has_images_cuda(const AmplitudePhaseShape& shape) {
-  if (!log2_of_side(shape.height) || !log2_of_side(shape.width)) return false;
+  const ImageSize size = size_of(shape);
+  if (!size.log2_height || !size.log2_width) return false;
+  if (!own_transforms_preferred[size.log2_height - log2_side_at_least][size.log2_width - log2_side_at_least]) {
+    return false;
+  }
   const int64_t widest = std::max<int64_t>(shape.channels, 32);
   if (widest > 4096 || shape.hidden_channels > widest || shape.out_channels > widest) return false;
   AmplitudePhaseShape most = shape;

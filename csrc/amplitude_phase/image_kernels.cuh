@@ -13,6 +13,7 @@
 #include "amplitude_phase/packed_map_cuda.cuh"
 #include "amplitude_phase/spectral_tile.cuh"
 #include "amplitude_phase/transforms.cuh"
+#include "amplitude_phase/transforms_preferred.h"
 
 namespace mitnet_fast {
 
@@ -298,11 +299,10 @@ static __global__ void __launch_bounds__(spectral_threads)
   }
 }
 
-// Sides for which there are transforms, as powers of two.
-constexpr int log2_side_at_least = 3, log2_side_at_most = 10;
 // Shared memory of a block on GPUs of data centers: 163 KB on compute capability 8.0.
 constexpr int64_t shared_bytes_of_column = 163 * 1024;
 
+// 0 for a side of which there are no transforms.
 inline int log2_of_side(int64_t side) {
   for (int power = log2_side_at_least; power <= log2_side_at_most; ++power) {
     if (side == int64_t{1} << power) return power;

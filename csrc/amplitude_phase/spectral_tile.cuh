@@ -77,6 +77,7 @@ __device__ __forceinline__ void multiply(const PackedMatrix& a, const Plane (&v)
   for (int task = threadIdx.x / 32; task < tasks; task += spectral_warps) {
     const int first_row = task % row_tiles * 16, first_bin = task / row_tiles * 16;
     const bool both = first_bin + 8 < bins;
+    if constexpr (tf32) __syncwarp();  // lanes part where a task ends, and matrix instructions take whole warps
     const float4* weights =
         reinterpret_cast<const float4*>(a.data) + static_cast<int64_t>(task % row_tiles) * steps * 32;
     float d[count][2][4] = {};
@@ -143,6 +144,7 @@ __device__ __forceinline__ void accumulate_products(const Plane (&d)[count], int
     const int first_row = task % row_tiles * 16, first_column = task / row_tiles * 16;
     // what lies beyond the last row or column is not stored: anything may be read for it
     const int row0 = min(first_row + g, rows - 1), row1 = min(first_row + g + 8, rows - 1);
+    if constexpr (tf32) __syncwarp();
     float sum[2][4] = {};
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -303,6 +305,7 @@ template <bool phase, bool tf32>
 __device__ __forceinline__ void backward_tile(const PackedMap& map, const BackwardPlanes& at, int bins, float scale,
                                               float weight, const WeightSums& sums, bool first) {
   const int channels = map.weight1.inner, hidden_channels = map.weight1.rows, log2_bins = log2_of(bins);
+#pragma unroll 1  // a loop is long, and two turns at a time have no registers
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
     const int c = i >> log2_bins, p = i & (bins - 1);
     const Polar x = polar(at.real.at(c, p), at.imaginary.at(c, p));
@@ -343,6 +346,7 @@ __device__ __forceinline__ void backward_tile(const PackedMap& map, const Backwa
                       });
     __syncthreads();
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
     const int c = i >> log2_bins, p = i & (bins - 1);
     const float grad_real = scale * at.y_real.at(c, p), grad_imaginary = scale * at.y_imaginary.at(c, p);

@@ -24,7 +24,8 @@ using Narrow =
 template <typename Products>
 using Wide = FilterSizes<Products, 3, 5, steps_for<Products>(40), 4, 1, 2, 2>;
 template <typename Products, int K>
-using Other = FilterSizes<Products, K, 3, steps_for<Products>(24), 4, 1, (K == 5 ? 2 : 1), 2>;
+using Other = FilterSizes<Products, K, 3, steps_for<Products>(24), 4, 1,
+                          (K == 5 && sizeof(typename Products::Element) == 4 ? 2 : 1), 2>;
 
 // Calls visitor(sizes) with a value of the FilterSizes for a shape.
 template <typename Products, typename Visitor>

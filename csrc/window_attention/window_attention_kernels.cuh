@@ -198,6 +198,11 @@ __device__ __forceinline__ void multiply_rows(float (&d)[8][4], const typename P
                                               const typename Products::Element* b, const float (&c)[8][4]) {
   constexpr int pitch = AttentionTiles<Products, D>::pitch;
 #pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[j][i] = c[j][i];
+  }
+#pragma unroll Products::steps_unrolled
   for (int k = 0; k < D; k += Products::depth) {
     uint32_t of_a[4];
     Products::load_a(of_a, a + threadIdx.x / 32 * 16 * pitch, pitch, k);
@@ -206,13 +211,7 @@ __device__ __forceinline__ void multiply_rows(float (&d)[8][4], const typename P
       uint32_t of_b[2][2];
       Products::load_b_transposed(of_b, b + j * 16 * pitch, pitch, k);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (k == 0) {
-          Products::multiply_add(d[2 * j + i], of_a, of_b[i], c[2 * j + i]);
-        } else {
-          Products::multiply_add(d[2 * j + i], of_a, of_b[i], d[2 * j + i]);
-        }
-      }
+      for (int i = 0; i < 2; ++i) Products::multiply_add(d[2 * j + i], of_a, of_b[i], d[2 * j + i]);
     }
   }
 }
@@ -241,7 +240,7 @@ template <typename Products, int D>
 __device__ __forceinline__ void multiply_transposed(float (&d)[D / 8][4], const typename Products::Element* p,
                                                     const typename Products::Element* b) {
   using Tiles = AttentionTiles<Products, D>;
-#pragma unroll
+#pragma unroll Products::steps_unrolled
   for (int k = 0; k < chunk; k += Products::depth) {
     uint32_t of_p[4];
     Products::load_a_transposed(of_p, p + threadIdx.x / 32 * 16, Tiles::score_pitch, k);

@@ -20,6 +20,7 @@ template <typename Half>
 struct HalfAttention {
   using Element = Half;
   static constexpr int depth = 16;
+  static constexpr int steps_unrolled = 4;  // of products of two tiles
 
   static __device__ __forceinline__ Half operand(float value) { return static_cast<Half>(value); }
 
@@ -114,6 +115,7 @@ struct FloatFragments {
 };
 
 struct Tf32Attention : FloatFragments {
+  static constexpr int steps_unrolled = 8;
   static __device__ __forceinline__ float operand(float value) { return __uint_as_float(round_to_tf32(value)); }
 
   static __device__ __forceinline__ void write_pair(float* to, float a, float b) {
@@ -134,6 +136,7 @@ struct Tf32Attention : FloatFragments {
 
 // Fused multiply-adds on the same fragments, which lanes pass to each other.
 struct IeeeAttention : FloatFragments {
+  static constexpr int steps_unrolled = 1;  // a step is hundreds of instructions
   static __device__ __forceinline__ float operand(float value) { return value; }
 
   static __device__ __forceinline__ void write_pair(float* to, float a, float b) {

@@ -268,3 +268,15 @@ def test_images_of_which_a_column_fits_on_chip(plain: HostKernels, sizes: tuple[
         result = np.array([-1])
         plain("has_images", np.array([*sizes, phase, 0], np.int64), result)
         assert result[0] == expected
+
+
+@pytest.mark.exhaustive
+def test_the_level_of_every_size_is_data() -> None:
+    only = "{true, true, true, true, true, true, true, true},  // 32\n"
+    without = "{true, true, true, false, true, true, true, true},  // 32\n"
+    results = {}
+    with HostKernels(*UNITS, replace={"amplitude_phase/transforms_preferred.h": [(only, without)]}) as kernels:
+        for height, width in ((32, 64), (64, 32), (32, 32)):
+            results[height, width] = np.array([-1])
+            kernels("has_images", np.array([1, 3, 3, 3, height, width, 0, 0], np.int64), results[height, width])
+    assert [result[0] for result in results.values()] == [0, 1, 1]
