@@ -40,7 +40,9 @@ def check(rows, arch):
 
 
 # what a network runs: filters of K = 3, the spectral steps and transforms, and heads of up to 16 channels
-HOT = re.compile(r"Products(<\w+>)?, 3,|_kernel<3,|spectral_|\b(inverse_)?rows_kernel|columns_kernel|Attention(<\w+>)?, 16>")
+HOT = re.compile(
+    r"Products(<\w+>)?, 3,|_kernel<3,|spectral_|\b(inverse_)?rows_kernel|columns_kernel|Attention(<\w+>)?, 16>"
+)
 
 
 if resources.find_nvcc():
