@@ -56,7 +56,7 @@ bench: $(INSTALLED)
 	$(PY) -m mitnet_fast bench $(BENCH_ARGS)
 
 # for this machine's GPU alone, since the report has to end within minutes
-gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+gpu-report: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 gpu-report: $(INSTALLED)
 	$(PY) -m benchmarks.gpu_report $(or $(OUT),gpu-report) $(REPORT_ARGS)
 

@@ -67,7 +67,8 @@ def nvcc_version(cuda_home: Path) -> str:
 
 def architectures() -> list[str]:
     """Entries of TORCH_CUDA_ARCH_LIST, checked, such as ["8.0", "9.0a", "10.0+PTX"]."""
-    entries = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip(";, "))
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    entries = re.split(r"[;,\s]+", chosen.strip(";, "))
     for entry in entries:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
             sys.exit(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected entries such as 8.0, 9.0a or 10.0+PTX")
