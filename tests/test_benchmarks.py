@@ -265,7 +265,7 @@ def test_the_sanitizers_calls_reach_every_operator_and_both_ways_to_transform(mo
 
     class Recorded:
         def __init__(self, spec):
-            self.spec, self.family, self.typical = spec, spec.family, spec.typical
+            self.spec, self.name, self.family, self.typical = spec, spec.name, spec.family, spec.typical
 
         def inputs(self, case, device):
             assert device == "cuda"
