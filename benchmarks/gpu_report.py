@@ -7,7 +7,7 @@ another, what is measured:
 
     rates         copy bandwidth and matrix rates of this GPU, which the benchmarks are held against
     operators-…   speed and memory of a family's operators against eager and torch.compile
-    networks      training steps and inference of MITNet and DCMPNet
+    network-…     training steps of MITNet and DCMPNet
 
 then, side by side, what is right or wrong:
 
@@ -74,12 +74,14 @@ def parts(folder: Path) -> Iterator[Part]:
     for family in FAMILIES:
         output = ("--output", str(folder / f"operators-{family}"))
         yield Part(f"operators-{family}", (*operators, "--family", family, "--compile", *output), 75, alone=True)
+    networks = (python, "-m", "benchmarks.models", "--device", "cuda", "--batch", "8", "--size", "256")
+    for network in ("MITNet", "DCMPNet"):
+        words = ("--network", network, "--work", "training step", "--seconds", "1")
+        output = ("--output", str(folder / f"network-{network}"))
+        yield Part(f"network-{network}", (*networks, *words, *output), 60, alone=True)
     for family in (family for family in FAMILIES if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
         output = ("--output", str(folder / f"operators-{family}-bfloat16"))
         yield Part(f"operators-{family}-bfloat16", (*operators, "--family", family, *half, *output), 45, alone=True)
-    words = ("--device", "cuda", "--batch", "4", "--size", "256", "--seconds", "1")
-    output = ("--output", str(folder / "networks"))
-    yield Part("networks", (python, "-m", "benchmarks.models", *words, *output), 75, alone=True)
 
     yield Part("machine", (python, "-m", "mitnet_fast", "doctor"), 60)
     pytest = (python, "-m", "pytest", "-q", "-n", "4", "--maxfail", "20", "-m", "not exhaustive")
