@@ -28,6 +28,8 @@ from pathlib import Path
 
 import torch
 
+LONG = 0.3  # seconds from which on a call needs no second warm-up
+
 
 @dataclass(frozen=True)
 class Result:
@@ -92,7 +94,7 @@ class Timing:
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[int], object]], device: str, *, seconds: float = 2.0, least: int = 5
+    calls: Mapping[str, Callable[[int], object]], device: str, *, seconds: float = 2.0, least: int = 3
 ) -> dict[str, Timing]:
     """Time several implementations of the same work, one call of each in turn.
 
@@ -111,6 +113,8 @@ def take_turns(
     for name, call in calls.items():  # warm-up: compilation, caches, thread pools
         for turn in range(2):
             durations[name] = [_time(call, turn, device)]
+            if durations[name][0] > LONG:
+                break
     slowest = max(values[0] for values in durations.values())
     turns = max(least, min(200, int(seconds / max(slowest, 1e-6))))
     durations = {name: [] for name in calls}

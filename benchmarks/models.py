@@ -61,6 +61,7 @@ from .measure import (
 TRAINING, WITH_DATA, INFERENCE = "training step", "training step with data", "inference"
 WORK = (TRAINING, WITH_DATA, INFERENCE)
 CHECKED_SIZE = 64  # pixels, side of the images on which results are compared
+WARMED_SIZE = 32  # pixels, side of the images that start thread pools and libraries before memory is measured
 CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips, the median does not
 PHOTOGRAPH_SIDE = 620  # longer side of the photographs on disk, pixels: that of the indoor training set
 
@@ -191,6 +192,7 @@ def _problem(network: str, seed: int, device: str) -> tuple[nn.Module, torch.Ten
     return model, torch.rand(1, 3, CHECKED_SIZE, CHECKED_SIZE, device=device)
 
 
+@functools.cache
 def is_correct(network: str, implementation: Implementation, device: str) -> bool:
     """Whether restored images are as near to those in float64 as plain PyTorch's, in the median."""
     errors, plain_errors = [], []
@@ -212,7 +214,7 @@ def memory(network: str, work: str, name: str, batch: int, size: int, device: st
     implementation = (IMPLEMENTATIONS | GRAPHED)[name]
     with implementation.backends(device):
         if device == "cpu":
-            prepare(network, work, implementation, 1, CHECKED_SIZE, device)()  # thread pools and libraries
+            prepare(network, work, implementation, 1, WARMED_SIZE, device)()
         call = prepare(network, work, implementation, batch, size, device)
         if device == "cuda":
             call()
@@ -299,7 +301,7 @@ def measure(
             for name in [name for name in chosen if name not in problems]:
                 timings[name] = time_with_data(network, chosen[name], folder, batch, size, device, seconds)
     else:
-        timings = take_turns(calls, device, seconds=seconds, least=3)
+        timings = take_turns(calls, device, seconds=seconds)
     fastest_plain = min(timings[name].median for name in PLAIN if name in timings)
     workers = configuration(network, IMPLEMENTATIONS["plain"], batch, size, device).data.workers
     return [

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .measure import environment, in_new_process, peak_memory, take_turns, write_results
-from .models import CHECKED_SIZE, IMPLEMENTATIONS, INFERENCE, NETWORKS, prepare, turn
+from .models import IMPLEMENTATIONS, INFERENCE, NETWORKS, WARMED_SIZE, prepare, turn
 
 SMALLEST, LARGEST = 64, 8192  # sides, pixels
 BATCHES = (1, 2, 4, 8)
@@ -64,7 +64,7 @@ def once(network: str, name: str, batch: int, side: int, device: str) -> tuple[f
     """Seconds and megabytes above network and images of one call, after a small one that loads libraries."""
     implementation = IMPLEMENTATIONS[name]
     with implementation.backends(device):
-        prepare(network, INFERENCE, implementation, 1, CHECKED_SIZE, device)()
+        prepare(network, INFERENCE, implementation, 1, WARMED_SIZE, device)()
         call = prepare(network, INFERENCE, implementation, batch, side, device)
         seconds = []
 
@@ -119,7 +119,7 @@ def _rows(network: str, batch: int, side: int, device: str) -> Iterator[Scaling]
     timings = {}
     if max(seconds for seconds, _ in single.values()) < IN_TURNS:
         turns = {name: turn(network, INFERENCE, IMPLEMENTATIONS[name], batch, side, device) for name in COMPARED}
-        timings = take_turns(turns, device, seconds=0.5, least=3)
+        timings = take_turns(turns, device, seconds=0.5)
     for name, (seconds, memory_mb) in single.items():
         timing = timings.get(name)
         yield Scaling(
