@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from math import atan2, degrees
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -72,13 +73,21 @@ def speedups(rows: Sequence[dict]) -> Figure:
         for row in group:
             axes.barh(position, row["speedup"], height=0.86, color=colour_of(row["implementation"]))
             text = f"{row['speedup']:.2f}×  {row['implementation']}"
-            axes.text(row["speedup"] + 0.01 * longest, position, text, va="center", fontsize=7.5, color=INK)
+            axes.text(
+                row["speedup"] + 0.01 * longest,
+                position,
+                text,
+                va="center",
+                fontsize=7.5,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )
             position += 1
         position += 1
     axes.set_yticks(ticks, list(groups), fontsize=7.5, color=INK)
     axes.set_ylim(position - 1.2, -0.8)
-    axes.set_xlim(0, 1.3 * longest)
-    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_xlim(0, 1.45 * longest)
+    axes.axvline(1, color=INK, linewidth=0.8, zorder=1.5)
     axes.set_xlabel("times as fast as plain PyTorch, medians of one run", fontsize=8, color=FAINT)
     axes.set_title(where(rows), fontsize=8, color=FAINT, loc="left")
     _plain(axes, grid="x")
@@ -101,7 +110,7 @@ def roofline(rows: Sequence[dict], rates: dict[str, float]) -> Figure:
             continue
         axes.plot((span[0], rate / copy, span[1]), (span[0] * copy, rate, rate), color=INK, linewidth=1)
         label = f"{name.removeprefix('matrix_').removesuffix('_gflops')} products {rate:.0f} GFLOP/s"
-        axes.text(span[0] * 1.1, rate, label, va="bottom", fontsize=8, color=FAINT)
+        axes.text(span[1] / 1.05, rate, label, va="bottom", ha="right", fontsize=8, color=FAINT)
     markers = dict(zip(dict.fromkeys(row["name"] for row in points), MARKERS, strict=False))
     cases: dict[tuple, list[tuple[float, dict]]] = {}
     for place, row in zip(intensity, points, strict=True):
@@ -117,13 +126,14 @@ def roofline(rows: Sequence[dict], rates: dict[str, float]) -> Figure:
     axes.set_yscale("log")
     _readable(axes.yaxis)
     axes.set_xlim(span)
-    axes.text(
-        2 * span[0],
-        2.2 * span[0] * copy,
+    along = axes.transData.transform([(span[0], span[0] * copy), (2 * span[0], 2 * span[0] * copy)])
+    axes.annotate(
         f"copy {copy:.0f} GB/s",
-        rotation=45,
+        (1.3 * span[0], 1.3 * span[0] * copy),
+        xytext=(0, 3),
+        textcoords="offset points",
+        rotation=degrees(atan2(*(along[1] - along[0])[::-1])),
         rotation_mode="anchor",
-        transform_rotates_text=True,
         fontsize=8,
         color=FAINT,
     )
@@ -143,9 +153,8 @@ def _legend(axes: Axes, entries: Iterable[tuple[str, str, str]], place: str, hei
         Line2D([], [], marker=marker, color=colour, linestyle="", markersize=6, label=words)
         for marker, colour, words in entries
     ]
-    axes.add_artist(
-        axes.legend(handles=handles, fontsize=8, frameon=False, loc=place, bbox_to_anchor=(1.01, height), borderpad=0)
-    )
+    beside = {"bbox_to_anchor": (1.01, height), "bbox_transform": axes.transAxes, "borderaxespad": 0}
+    axes.figure.legend(handles=handles, fontsize=8, frameon=False, loc=place, **beside)
 
 
 def scaling(rows: Sequence[dict]) -> Figure:
@@ -178,8 +187,11 @@ def scaling(rows: Sequence[dict]) -> Figure:
                 )
         places = sorted({row[over] for row in chosen})
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        _readable(axes.yaxis)
+        if over == "side":
+            axes.set_yscale("log")
+            _readable(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xticks(places, [f"{place}²" if over == "side" else str(place) for place in places])
         axes.set_xlabel("image, pixels" if over == "side" else "images at once", fontsize=8, color=FAINT)
         axes.set_title(label, fontsize=9, color=INK, loc="left")

@@ -79,6 +79,7 @@ def _networks(rows: Rows) -> Iterator[str]:
 
 
 def _operators(rows: Rows) -> Iterator[str]:
+    yield from _folded("every operator and shape, forward and backward")
     yield "| operator, forward + backward | | ms (p20–p80) | × eager | extra MB | of copy bandwidth | of matrix rate |"
     yield "|---|---|--:|--:|--:|--:|--:|"
     for row in rows:
@@ -86,7 +87,11 @@ def _operators(rows: Rows) -> Iterator[str]:
             continue
         name = f"`{row['name']}` {row['case']}, {row['dtype']} {row['precision']}"
         yield _row(name, row, row["memory_mb"], _share(row["bandwidth_share"]), _share(row["matrix_rate_share"]))
-    yield ""
+    yield from ("", "</details>", "")
+
+
+def _folded(title: str) -> Iterator[str]:
+    yield from ("<details>", f"<summary>{title}</summary>", "")
 
 
 def _compiled(rows: Rows) -> Iterator[str]:
@@ -167,13 +172,15 @@ def _precision(rows: Rows) -> Iterator[str]:
 
 
 def _targets(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    if not verdicts:
-        return
+    words = [verdict.word for verdict in verdicts]
+    yield from _folded(
+        "targets: " + ", ".join(f"{words.count(word)} {word}" for word in ("met", "missed", "not measured"))
+    )
     yield "| target | to reach | found | |"
     yield "|---|--:|--:|---|"
     for verdict in verdicts:
         yield f"| {verdict.subject} | {verdict.aim} | {verdict.result} | {verdict.word} |"
-    yield ""
+    yield from ("", "</details>", "")
 
 
 def _not_measured(found: Mapping[str, Rows], device: str) -> Iterator[str]:

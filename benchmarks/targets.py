@@ -100,13 +100,13 @@ WORK_TARGETS = (WorkTarget("MITNet", 400, 25.0), WorkTarget("DCMPNet", 1000, 90.
 
 
 def judge(runs: Sequence[Sequence[Row]], device: str) -> list[Verdict]:
-    """Every target of a device, held against results.
+    """Every target, those of the other kind of device as not measured.
 
     Args:
         runs: rows of :class:`.measure.Result`; what is compared comes from one of them, the first that has it.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda", where they were measured.
     """
-    return [_judge(target, runs) for target in TARGETS if target.device == device]
+    return [_judge(target, runs if target.device == device else ()) for target in TARGETS]
 
 
 def judge_work(rows: Sequence[Row]) -> list[Verdict]:
@@ -124,16 +124,17 @@ def judge_work(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _judge(target: Target, runs: Sequence[Sequence[Row]]) -> Verdict:
-    against = " or ".join(f"{name}" for name in target.against)
+    against = " or ".join(target.against)
     words = {
         "time": f"time against {against}",
         "memory": f"memory against {against}",
         "limit": "share of the machine's limit",
         "bandwidth": "share of the copy bandwidth",
     }
-    cases = f" {', '.join(target.cases)}" if any(target.cases) else ""
-    dtype = "" if target.dtype == "float32" else f", {target.dtype}"
-    subject = f"{target.name}{cases}{dtype}, {target.work}: {words[target.quantity]}"
+    shapes = dict.fromkeys(case[: case.find("]") + 1] for case in target.cases if case)
+    kind = {"cpu": "CPU", "cuda": "GPU"}[target.device] + ("" if target.dtype == "float32" else f", {target.dtype}")
+    what = " ".join([target.name, " / ".join(shapes)]).strip()
+    subject = f"{kind}: {what}, {target.work}: {words[target.quantity]}"
     form = {"time": "{:.2f}×", "memory": "{:.3f}"}.get(target.quantity, "{:.0%}")
     at_most = target.quantity == "memory"
     worst = max if at_most else min

@@ -396,18 +396,21 @@ def test_targets_are_met_missed_or_not_measured():
         for name, ms in (("eager", 60.0), ("compile", 25.0), ("compile, shifted slices", 15.0), ("cpp", 12.0))
     ]
     verdicts = {verdict.subject: verdict for verdict in targets.judge([rows, compiled], "cpu")}
-    filter_ = "predicted_dynamic_filter [2, 20, 256, 256], forward + backward"
+    filter_ = "CPU: predicted_dynamic_filter [2, 20, 256, 256], forward + backward"
     expected = {
         f"{filter_}: time against eager": ("≥ 5.00×", "5.00×", "met"),
         f"{filter_}: memory against eager": ("≤ 0.100", "0.200", "missed"),
         f"{filter_}: time against compile": ("≥ 2.00×", "1.25×", "missed"),
-        "MITNet, inference: time against plain": ("≥ 1.50×", "1.60×", "met"),
-        "MITNet, training step: time against plain": ("≥ 1.30×", "", "not measured"),
+        "CPU: MITNet, inference: time against plain": ("≥ 1.50×", "1.60×", "met"),
+        "CPU: MITNet, training step: time against plain": ("≥ 1.30×", "", "not measured"),
     }
     for subject, (aim, found, word) in expected.items():
         verdict = verdicts[subject]
         assert (verdict.aim, verdict.result, verdict.word) == (aim, found, word)
     assert {verdict.word for verdict in targets.judge([rows], "cuda")} == {"not measured"}
+    gpu = [verdict for verdict in verdicts.values() if verdict.subject.startswith("GPU")]
+    assert len(gpu) == sum(target.device == "cuda" for target in targets.TARGETS)
+    assert {verdict.word for verdict in gpu} == {"not measured"}
     counted = [{"network": "MITNet", "implementation": "fused", "operators": 400, "gigabytes": 25.1}]
     assert [verdict.word for verdict in targets.judge_work(counted)] == ["met", "missed"]
 
@@ -478,7 +481,8 @@ def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
     side = int((2**30 / per_pixel) ** 0.5)
     assert f"| DCMPNet | fused, channels_last | 128² | 7.81 | {per_pixel:,.0f} | {side:,}² |" in text
     assert "| MITNet | phase stage | bfloat16 | 25.000 | -0.013 | 3.2 |" in text
-    assert "| predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager | ≥ 5.00× |  |" in text
+    missing = "CPU: predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager"
+    assert f"| {missing} | ≥ 5.00× |  | not measured |" in text
 
 
 class TwoStages(torch.nn.Module):
