@@ -129,5 +129,8 @@ class GraphedStep:
         return shapes == recorded
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of the first of a chain of errors: one within a recording is followed by that of ending it."""
+    while error.__context__ is not None:
+        error = error.__context__
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -33,6 +33,7 @@ from .step import CudaGraph, GraphedStep, Step, why_no_graph
 
 Batch = Mapping[str, torch.Tensor]
 ALONE = Processes()
+OPTIMIZER_OPTIONS = {"fused": True}  # fused: it leaves everything as it is where told so on the device
 
 
 class TrainingDiverged(RuntimeError):
@@ -86,7 +87,7 @@ class System(abc.ABC):
         }
         self.optimizers = {
             name: torch.optim.Adam(
-                parameters, lr=config.optimizer.lr, betas=config.optimizer.betas, **self._optimizer_options
+                parameters, lr=config.optimizer.lr, betas=config.optimizer.betas, **OPTIMIZER_OPTIONS
             )
             for name, parameters in self.parameters.items()
         }
@@ -188,6 +189,8 @@ class System(abc.ABC):
         Returns:
             Losses, terms and norms in the order of their names, [n] float32.
         """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()  # also what a recording that failed has left
         before = [buffer.clone() for buffer in self._statistics]
         sums: dict[str, torch.Tensor] = {}
         for part in self._parts(inputs):
@@ -208,8 +211,6 @@ class System(abc.ABC):
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, value))
         self._update(finite)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
         return values
 
     def end_epoch(self) -> None:
@@ -243,7 +244,7 @@ class System(abc.ABC):
             module.load_state_dict(state["modules"][name])
         for name, optimizer in self.optimizers.items():
             saved = state["optimizers"][name]
-            groups = [group | self._optimizer_options for group in saved["param_groups"]]  # may be of another device
+            groups = [group | OPTIMIZER_OPTIONS for group in saved["param_groups"]]
             optimizer.load_state_dict({**saved, "param_groups": groups})
             self.schedulers[name].load_state_dict(state["schedulers"][name])
         self._run_step = None  # a recorded step works on tensors that are no more
@@ -256,11 +257,6 @@ class System(abc.ABC):
     def autocast(self) -> torch.autocast:
         """The arithmetic of networks and losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bfloat16")
-
-    @property
-    def _optimizer_options(self) -> dict[str, Any]:
-        # fused: one that leaves everything as it is where told so on the device
-        return {"fused": True, "capturable": self.device.type == "cuda"}
 
     def _inputs(self, batch: Batch, share: Share | None) -> dict[str, torch.Tensor]:
         """The batch on the device, and what is drawn for it."""
@@ -309,20 +305,20 @@ class System(abc.ABC):
             self.say(f"run.step: compile fails, steps run uncompiled: {type(error).__name__}: {_first_line(error)}")
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(value)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
 
     @torch.no_grad()
     def _update(self, finite: torch.Tensor) -> None:
         """Move weights and averages on where ``finite``, and leave them bit for bit as they are where not."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        as_recorded = {"lr": self._learning_rate, "capturable": capturing}
         for optimizer in self.optimizers.values():
             optimizer.found_inf = 1 - finite.float()
-            rates = [group["lr"] for group in optimizer.param_groups]
+            groups = [dict(group) for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate
+                group.update(as_recorded)
             optimizer.step()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
         if self.average is None:
             return
         # running statistics are averaged as the weights are: they belong to each other
