@@ -297,12 +297,14 @@ class System(abc.ABC):
     def _compile(self, inputs: Batch) -> None:
         """Compile the losses with their networks, or leave them as they are where that fails."""
         before = [buffer.clone() for buffer in self._statistics]
-        self._losses = torch.compile(self.losses, backend=self.config.run.compile or "inductor", dynamic=False)
         try:
+            self._losses = torch.compile(self.losses, backend=self.config.run.compile or "inductor", dynamic=False)
             self.backward(next(self._parts(inputs)), 1.0)
         except Exception as error:  # of the compiler: what is wrong with the batch is found again without it
             self._losses = self.losses
-            self.say(f"run.step: compile fails, steps run uncompiled: {type(error).__name__}: {_first_line(error)}")
+            self.say(
+                f"run.step: steps do not compile and run as they are: {type(error).__name__}: {_first_line(error)}"
+            )
         for buffer, value in zip(self._statistics, before, strict=True):
             buffer.copy_(value)
 

@@ -241,4 +241,4 @@ def test_a_step_that_does_not_compile_runs_uncompiled_and_says_so(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_nothing)
     assert as_text(train(asked)) == as_text(train(eager))
     assert changed(numbers(eager), numbers(asked)) == set()
-    assert said == ["run.step: compile fails, steps run uncompiled: RuntimeError: no compiler"]
+    assert said == ["run.step: steps do not compile and run as they are: RuntimeError: no compiler"]
