@@ -294,12 +294,16 @@ def measure(
                         calls[name](index)
                 except Exception as error:
                     del calls[name]
-                    what = "does not compile" if implementation.step == "compile" else "cannot be recorded"
-                    problems[name] = f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+                    problems[name] = _problem_of(implementation, error)
     if work == WITH_DATA:
         with photographs_on_disk(size) as folder:
             for name in [name for name in chosen if name not in problems]:
-                timings[name] = time_with_data(network, chosen[name], folder, batch, size, device, seconds)
+                try:
+                    timings[name] = time_with_data(network, chosen[name], folder, batch, size, device, seconds)
+                except RuntimeError as error:
+                    if chosen[name].step == "eager":
+                        raise
+                    problems[name] = _problem_of(chosen[name], error)
     else:
         timings = take_turns(calls, device, seconds=seconds)
     fastest_plain = min(timings[name].median for name in PLAIN if name in timings)
@@ -327,6 +331,11 @@ def measure(
         )
         for name, implementation in chosen.items()
     ]
+
+
+def _problem_of(implementation: Implementation, error: Exception) -> str:
+    what = "does not compile" if implementation.step == "compile" else "cannot be recorded"
+    return f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def show(rows: list[Result], console: Console) -> None:

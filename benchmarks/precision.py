@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,8 +171,7 @@ def measure(model: nn.Module, images: Sequence[Image], device: str) -> list[Row]
     rows: list[Row] = []
     exact: list[torch.Tensor] = []
     for part, name, context in precisions(model, device):
-        with ExitStack() as stack:
-            stack.enter_context(context())
+        with context():
             restored = [model.restore(hazy[None].to(device))[0].float().cpu().clamp(0, 1) for hazy, _ in images]
         exact = exact or restored
         scores = [score(result, clear) for result, (_, clear) in zip(restored, images, strict=True)]
