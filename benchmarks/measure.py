@@ -6,25 +6,27 @@ cache. What is reported is the median with the 20th and 80th percentile.
 
 Memory: the highest resident size during one call in a process of its own (CPU) or the allocator's
 peak (GPU), above what was there before. Such a process is forked from one that has imported everything
-and computed nothing, which takes milliseconds where a new interpreter takes seconds.
+and computed nothing (:mod:`.forker`).
 """
 
 from __future__ import annotations
 
 import csv
 import ctypes
+import functools
 import gc
 import json
-import multiprocessing
+import pickle
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,17 +153,32 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(seconds), cuts[0], cuts[-1], len(seconds))
 
 
-def in_new_process(function: Callable[..., float], *arguments: object) -> float:
-    """What a function of a module of this package returns in a process of its own.
+def in_new_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function returns in a process of its own, see :mod:`.forker`.
 
     Args:
-        function: found by its name there.
-        arguments: for it; they are pickled.
+        function: of a module, found by its name there.
+        arguments: for it; they are pickled, and so is the result.
+
+    Raises:
+        RuntimeError: it failed there, or the process did.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.{name}" for name in ("models", "ops")])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    module = function.__module__
+    if module == "__main__":  # run by python -m
+        module = sys.modules[module].__spec__.name
+    forker = _forker()
+    pickle.dump((module, function.__name__, arguments), forker.stdin)
+    forker.stdin.flush()
+    result, error = pickle.load(forker.stdout)
+    if error is not None:
+        raise RuntimeError(f"{module}.{function.__name__}: {error}")
+    return result
+
+
+@functools.cache
+def _forker() -> subprocess.Popen:
+    command = [sys.executable, "-m", f"{__package__}.forker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # ends when its input does
 
 
 def peak_memory(call: Callable[[], object], device: str) -> int:

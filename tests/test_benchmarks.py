@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def test_peak_memory_sees_what_is_freed_again():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert 60 * 2**20 < int(printed) < 80 * 2**20
+
+
+def test_every_request_gets_a_process_of_its_own():
+    first, second = (measure.in_new_process(os.getpid) for _ in range(2))
+    assert len({first, second, os.getpid()}) == 3
+    assert measure.in_new_process(math.hypot, 3.0, 4.0) == 5.0
+    with pytest.raises(RuntimeError, match=r"math\.sqrt: ValueError: .*"):
+        measure.in_new_process(math.sqrt, -1.0)
+    with pytest.raises(RuntimeError, match="the process ended with status"):
+        measure.in_new_process(os._exit, 3)
+    assert measure.in_new_process(math.sqrt, 4.0) == 2.0
 
 
 def test_results_are_the_same_in_both_files(tmp_path):
