@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks import (
     bench,
     gpu_report,
+    graph_steps,
     measure,
     models,
     ops,
@@ -368,6 +369,20 @@ def test_steps_with_data_read_photographs_from_disk(monkeypatch):
         assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
     assert rows[0].speedup == 1.0
     assert rows[1].speedup == pytest.approx(rows[0].median_ms / rows[1].median_ms)
+
+
+def test_graph_steps_are_compared_term_by_term(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    monkeypatch.setattr(graph_steps, "SIDE", 16)
+    once, again = (graph_steps.losses("MITNet", "eager", "cpu") for _ in range(2))
+    assert len(once) == graph_steps.STEPS
+    assert once == again
+    assert [graph_steps.difference(values, expected) for values, expected in zip(once, again, strict=True)] == [0] * 5
+    assert graph_steps.difference({"total": 1.02, "restored": 0.5}, {"total": 1.0, "restored": 0.5}) == pytest.approx(
+        0.02
+    )
+    with pytest.raises(RuntimeError, match="the run computes on cpu"):
+        graph_steps.losses("MITNet", "cuda_graph", "cpu")
 
 
 def test_what_does_not_compile_is_a_row_without_a_time(monkeypatch):
