@@ -167,7 +167,8 @@ def parts(model: nn.Module) -> dict[str, list[nn.Module]]:
 def measure(model: nn.Module, images: Sequence[Image], device: str) -> list[Row]:
     """A network's scores in every precision."""
     model = model.to(device).eval()
-    label = f"{type(model).__name__}, width {next(p for p in model.parameters() if p.dim() == 4).shape[0]}"
+    config = model.config
+    label = f"{type(model).__name__}, width {config['width'] if 'width' in config else config['widths'][0]}"
     rows: list[Row] = []
     exact: list[torch.Tensor] = []
     for part, name, context in precisions(model, device):
