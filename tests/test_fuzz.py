@@ -241,7 +241,7 @@ def test_damaged_weights(examples: int, tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().err == ""
 
 
-@budget(20, 1000)
+@budget(20, 500)
 @pytest.mark.parametrize("kind", ["mitnet", "dcmpnet"])
 def test_cards_that_say_anything(kind: str, examples: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -273,7 +273,7 @@ def answer(*words: str) -> int:
     return result.exit_code
 
 
-@budget(20, 1000)
+@budget(20, 500)
 def test_configurations_that_say_anything(examples: int, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["train", "mitnet-its", "--show"]).output.encode()
     names = [line.split(":")[0].strip() for line in shown.decode().splitlines()]

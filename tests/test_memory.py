@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from mitnet_fast import memory
+from mitnet_fast._extension import EXTENSION
 from mitnet_fast.inference import dehaze_files
 from mitnet_fast.models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.ops import use_backend
@@ -124,6 +127,16 @@ def test_bytes_per_pixel_grow_with_the_widths() -> None:
     for network in FIGURES.values():
         assert network["fused"]["float32"] <= network["reference"]["float32"]
     assert memory.MEASURED["source"]["cpu"]["command"].startswith("benchmarks.memory")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["reference", *(["fused"] if EXTENSION else [])])
+@pytest.mark.parametrize("network", FIGURES)
+def test_restoring_takes_no_more_than_planned(network: str, backend: str, precision: str) -> None:
+    words = [sys.executable, "-m", "mitnet_fast.benchmarks.memory", "--one", network, backend, precision, "384", "cpu"]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert 0.4 < float(answer.stdout.splitlines()[-1]) / FIGURES[network][backend][precision] < 1 / memory.SHARE
 
 
 def test_largest_tile() -> None:
