@@ -1,4 +1,4 @@
-"""A run's whole life, typed as a user types it: begun, killed, resumed by two processes, measured, used.
+"""A run's whole life, typed as a user types it: begun, killed, resumed by two processes, measured, used, exported.
 
 The photographs and the network are those of ``mitnet-fast demo``; averaged weights, bfloat16, accumulation and
 clipping are switched on.
@@ -110,3 +110,15 @@ def test_a_runs_whole_life(tmp_path, monkeypatch):
     with torch.inference_mode():
         expected = network.restore(image).clamp(0, 1)
     assert (read_image(Path("restored") / hazy.name).rgb[None] - expected).abs().max() <= 0.5 / 255 + 1e-6
+
+    height, width = image.shape[2:]
+    typed("export", "-w", best, "-o", "life.pt2", "--size", f"{height}x{width}", "--backend", "reference")
+    standalone = (
+        "import sys, torch; image, expected = torch.load('pair.pt');"
+        "restored = torch.export.load('life.pt2').module()(image);"
+        "assert 'mitnet_fast' not in sys.modules; print(float((restored.clamp(0, 1) - expected).abs().max()))"
+    )
+    torch.save((image, expected), "pair.pt")
+    shown = subprocess.run([sys.executable, "-c", standalone], capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    assert float(shown.stdout) < 1e-4
