@@ -8,6 +8,11 @@ i = 0, 1, … in this order:
 in place: level 1 sees the fused level 0, level 2 the fused 0 and 1. One level down is a 2×2 average
 and a 1×1 convolution that doubles the channels, one level up a 1×1 convolution that halves them and
 a bilinear resize with aligned corners. Maps are [B, 2^i·C, H/2^i, W/2^i].
+
+The weights of an average and of a resize add up to 1, so that both commute with 1×1 convolutions. What
+comes from finer levels is averaged first, once for all levels that want it. What comes from coarser ones
+is resized last, after its part of the fusing convolution: all of them share one resize to level i, and
+nothing at full size is concatenated.
 """
 
 from __future__ import annotations
@@ -22,27 +27,37 @@ from ._checks import check_counts, check_map
 
 
 class OneLevelDown(nn.Module):
-    """Average over 2×2 pixels, then double the channels (``channels`` counts them before)."""
+    """Channels of one level down for a map that is averaged already (``channels`` counts them before)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.doubling = nn.Conv2d(channels, 2 * channels, 1)
 
-    def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """[B, C, H, W] → [B, 2C, ⌈H/2⌉, ⌈W/2⌉], which ``size`` is."""
-        return self.doubling(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, 2C, H, W]."""
+        return self.doubling(x)
 
 
 class OneLevelUp(nn.Module):
-    """Halve the channels, then resize to twice the size (``channels`` counts them before)."""
+    """Channels of one level up for a map that is resized afterwards (``channels`` counts them before)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.halving = nn.Conv2d(channels, channels // 2, 1)
 
-    def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """[B, C, H, W] → [B, C/2, *size], the size of the level above."""
-        return F.interpolate(self.halving(x), size=size, mode="bilinear", align_corners=True)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C/2, H, W]."""
+        return self.halving(x)
+
+
+def averaged(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] → [B, C, ⌈H/2⌉, ⌈W/2⌉]."""
+    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+
+
+def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` at the size of ``like``."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
 
 
 class LevelInteraction(nn.Module):
@@ -62,9 +77,9 @@ class LevelInteraction(nn.Module):
         self.entry = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels)
         self.resize = nn.ModuleDict(
             {
-                f"{source}_to_{target}": nn.ModuleList(
-                    [OneLevelDown(channels[level]) for level in range(source, target)]
-                    + [OneLevelUp(channels[level]) for level in range(source, target, -1)]
+                f"{source}_to_{target}": nn.Sequential(
+                    *(OneLevelDown(channels[level]) for level in range(source, target)),
+                    *(OneLevelUp(channels[level]) for level in range(source, target, -1)),
                 )
                 for source in range(levels)
                 for target in range(levels)
@@ -76,17 +91,25 @@ class LevelInteraction(nn.Module):
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Fuse ``features``, one map per level, into as many of the same shapes."""
         fused = [entry(feature) for entry, feature in zip(self.entry, features, strict=True)]
-        for target in range(self.levels):
-            others = [self._resized(fused, source, target) for source in range(self.levels) if source != target]
-            fused[target] = self.fusion[target](torch.cat([fused[target], *others], 1))
+        finer: list[torch.Tensor] = []  # the fused levels above, at the size of this one
+        for level, fusion in enumerate(self.fusion):
+            near = [fused[level], *(self.resize[f"{j}_to_{level}"](x) for j, x in enumerate(finer))]
+            sizes = [fusion.out_channels * count for count in (len(near), self.levels - len(near))]
+            near_weight, far_weight = fusion.weight.split(sizes, 1)
+            fused[level] = F.conv2d(near[0] if level == 0 else torch.cat(near, 1), near_weight, fusion.bias)
+            if level + 1 < self.levels:
+                far = F.conv2d(self._coarser(fused, level), far_weight)
+                fused[level] = fused[level] + resized(far, fused[level])
+                finer = [averaged(x) for x in [*finer, fused[level]]]
         return fused
 
-    def _resized(self, features: list[torch.Tensor], source: int, target: int) -> torch.Tensor:
-        x = features[source]
-        step = 1 if target > source else -1
-        for offset, resize in enumerate(self.resize[f"{source}_to_{target}"], 1):
-            x = resize(x, features[source + step * offset].shape[2:])
-        return x
+    def _coarser(self, features: list[torch.Tensor], level: int) -> torch.Tensor:
+        """Maps of all levels after ``level``, with its channels each, at the size of the first of them."""
+        joined = None
+        for source in reversed(range(level + 1, self.levels)):
+            x = self.resize[f"{source}_to_{level}"](features[source])
+            joined = x if joined is None else torch.cat([x, resized(joined, x)], 1)
+        return joined
 
 
 class TripleInteraction(nn.Module):
