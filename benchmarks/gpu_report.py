@@ -1,13 +1,17 @@
 """Everything that only a GPU can say, in one command: ``make gpu-report OUT=folder``.
 
-    python -m benchmarks.gpu_report OUT [--part NAME …] [--minutes 6.5]
+    python -m benchmarks.gpu_report OUT [--part NAME …] [--minutes 8]
 
 Parts, each with a time limit of its own; one that fails leaves the others standing. First, one after
 another, what is measured:
 
     rates         copy bandwidth and matrix rates of this GPU, which the benchmarks are held against
+    graph         training steps of both networks replayed from a CUDA graph, against the same steps run eagerly
     operators-…   speed and memory of a family's operators against eager and torch.compile
     network-…     training steps of MITNet and DCMPNet
+    inference     of MITNet and DCMPNet, and over image size and batch: the largest image per GiB
+    demo          a small network trained on this GPU, which precision needs
+    precision     its PSNR in TF32, bfloat16 and float16, part by part
 
 then, side by side, what is right or wrong:
 
@@ -16,7 +20,8 @@ then, side by side, what is right or wrong:
     verify-…      every operator × dtype × layout × shape of a backend against float64
     sanitizer-…   compute-sanitizer's memcheck, racecheck, initcheck and synccheck on a small set of calls
 
-Writes OUT/summary.md, and for each part a log and its CSV or JSON. Downloads nothing.
+Writes OUT/summary.md, with every target of :mod:`.targets` as met, missed or not measured, pictures, and for
+each part a log and its CSV or JSON. Downloads nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,10 +45,11 @@ from mitnet_fast.ops._backends import FAMILIES, why_not
 from mitnet_fast.specs import SPECS, outputs_and_gradients
 from mitnet_fast.verify import KERNELS
 
-from .measure import environment, machine_rates
+from . import ops, plots, summary
+from .measure import Result, environment, machine_rates, write_results
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-MEASURED = 0.6  # of the time at most, what is left is for the checks
+MEASURED = 0.65  # of the time at most, what is left is for the checks
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def parts(folder: Path) -> Iterator[Part]:
     """All parts in their order; those whose tool is missing say so in their log and fail."""
     python = sys.executable
     yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30, alone=True)
+    yield Part("graph", (python, "-m", "benchmarks.graph_steps"), 60, alone=True)
     operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3", "--cases", "3")
     half = ("--dtype", "bfloat16", "--layout", "channels_last")
     for family in FAMILIES:
@@ -82,6 +89,14 @@ def parts(folder: Path) -> Iterator[Part]:
     for family in (family for family in FAMILIES if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
         output = ("--output", str(folder / f"operators-{family}-bfloat16"))
         yield Part(f"operators-{family}-bfloat16", (*operators, "--family", family, *half, *output), 45, alone=True)
+    words = ("--work", "inference", "--seconds", "0.5", "--output", str(folder / "network-inference"))
+    yield Part("inference", (*networks, *words), 40, alone=True)
+    words = ("--device", "cuda", "--seconds", "10", "--output", str(folder / "scaling"))
+    yield Part("inference-sizes", (python, "-m", "benchmarks.scaling", *words), 45, alone=True)
+    demo = folder / "demo"
+    yield Part("demo", (python, "-m", "mitnet_fast", "demo", "--output", str(demo)), 75, alone=True)
+    words = (str(demo / "mitnet-demo.safetensors"), "--device", "cuda", "--output", str(folder / "precision"))
+    yield Part("precision", (python, "-m", "benchmarks.precision", *words), 40, alone=True)
 
     yield Part("machine", (python, "-m", "mitnet_fast", "doctor"), 60)
     pytest = (python, "-m", "pytest", "-q", "-n", "4", "--maxfail", "20", "-m", "not exhaustive")
@@ -149,8 +164,8 @@ def _run(part: Part, log: object, seconds: float) -> str:
             process.wait()
 
 
-def write_summary(folder: Path, results: list[dict[str, object]]) -> None:
-    """The parts' results, where they were measured, and the rates, as Markdown and JSON."""
+def write_summary(folder: Path, results: list[dict[str, object]], measured: Sequence[str] = ()) -> None:
+    """The parts' results, where they were measured, the rates, and what was measured, as Markdown and JSON."""
     where = environment("cuda" if torch.cuda.is_available() else "cpu")
     lines = ["# GPU report", "", *(f"- {name}: {value}" for name, value in where.items() if value), ""]
     lines += ["| part | result | seconds |", "|---|---|---|"]
@@ -159,15 +174,27 @@ def write_summary(folder: Path, results: list[dict[str, object]]) -> None:
     if rates.exists():
         lines += ["", "| measured limit | |", "|---|---|"]
         lines += [f"| {name} | {value:.1f} |" for name, value in json.loads(rates.read_text()).items()]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+    (folder / "summary.md").write_text("\n".join([*lines, "", *measured]) + "\n")
     (folder / "summary.json").write_text(json.dumps({"environment": where, "parts": results}, indent=1) + "\n")
+
+
+def _measured(folder: Path) -> Iterator[str]:
+    """The benchmarks' tables and pictures, once there are limits to hold them against."""
+    files = [*sorted(folder.glob("operators-*.json")), *sorted(folder.glob("network-*.json"))]
+    if not files or not (folder / "rates.json").exists():
+        return
+    rates = json.loads((folder / "rates.json").read_text())
+    rows = [Result(**row) for file in files for row in json.loads(file.read_text())]
+    write_results([ops.with_limits(row, rates) for row in rows], folder / "bench")
+    plots.draw(folder)
+    yield summary.markdown(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the report goes; made if missing")
     parser.add_argument("--part", action="append", help="only parts whose name starts so; as often as needed")
-    parser.add_argument("--minutes", type=float, default=6.5, help="limit of the whole report")
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of the whole report")
     parser.add_argument("--rates", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--calls-for-sanitizer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -198,6 +225,7 @@ def main() -> None:
     with ThreadPoolExecutor(len(checks) or 1) as pool:
         for finished in as_completed(pool.submit(run_part, part, folder, begun + seconds) for part in checks):
             keep(finished.result())
+    write_summary(folder, results, list(_measured(folder)))
     print((folder / "summary.md").read_text())
     sys.exit(any(entry["result"] != "passed" for entry in results))
 

@@ -513,6 +513,18 @@ def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
     assert f"| {missing} | ≥ 5.00× |  | not measured |" in text
 
 
+def test_the_report_holds_what_its_parts_measured_against_targets(quick_run, tmp_path):
+    folder, rows = quick_run
+    assert list(gpu_report._measured(tmp_path)) == []
+    bare = [replace(row, bandwidth_share=None, matrix_rate_share=None) for row in rows]
+    measure.write_results(bare, tmp_path / "operators-dynamic_filter")
+    (tmp_path / "rates.json").write_text((folder / "rates.json").read_text())
+    (text,) = gpu_report._measured(tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads((folder / "bench.json").read_text())
+    assert f"0 met, 0 missed, {len(targets.TARGETS)} not measured" in text
+    assert (tmp_path / "operators.png").exists()
+
+
 class TwoStages(torch.nn.Module):
     def __init__(self):
         super().__init__()
