@@ -74,11 +74,12 @@ class Part:
 def parts(folder: Path) -> Iterator[Part]:
     """All parts in their order; those whose tool is missing say so in their log and fail."""
     python = sys.executable
+    families = [family for family in FAMILIES if ("cpp", "cuda") in KERNELS[family].dtypes]  # others are for the CPU
     yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30, alone=True)
     yield Part("graph", (python, "-m", "benchmarks.graph_steps"), 60, alone=True)
     operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3", "--cases", "3")
     half = ("--dtype", "bfloat16", "--layout", "channels_last")
-    for family in FAMILIES:
+    for family in families:
         output = ("--output", str(folder / f"operators-{family}"))
         yield Part(f"operators-{family}", (*operators, "--family", family, "--compile", *output), 75, alone=True)
     networks = (python, "-m", "benchmarks.models", "--device", "cuda", "--batch", "8", "--size", "256")
@@ -86,7 +87,7 @@ def parts(folder: Path) -> Iterator[Part]:
         words = ("--network", network, "--work", "training step", "--seconds", "1")
         output = ("--output", str(folder / f"network-{network}"))
         yield Part(f"network-{network}", (*networks, *words, *output), 60, alone=True)
-    for family in (family for family in FAMILIES if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
+    for family in (family for family in families if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
         output = ("--output", str(folder / f"operators-{family}-bfloat16"))
         yield Part(f"operators-{family}-bfloat16", (*operators, "--family", family, *half, *output), 45, alone=True)
     words = ("--work", "inference", "--seconds", "0.5", "--output", str(folder / "network-inference"))
@@ -104,7 +105,7 @@ def parts(folder: Path) -> Iterator[Part]:
     words = ("-k", "cuda and not every_case and (cpp or not random)")
     yield Part("tests-operators", (*pytest, *words, "tests/ops/test_kernels.py"), 200)
     yield Part("tests-triton", (*pytest, "tests/triton_kernels"), 200)
-    for family in FAMILIES:
+    for family in families:
         for backend in ("cpp", "triton"):
             words = ("--family", family, "--backend", backend, "--seconds", "120")
             output = ("--json", str(folder / f"verify-{family}-{backend}.json"))
