@@ -75,6 +75,7 @@ def command(folder: Path, *words: str) -> None:
 
 def _redirected(function: Callable[..., None], folder: Path, *arguments: object) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as outside of tests
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = (folder.parent / f"{folder.name}.{name}").open("a")
         os.dup2(stream.fileno(), descriptor)
