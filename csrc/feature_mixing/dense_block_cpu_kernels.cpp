@@ -15,7 +15,7 @@ namespace {
 
 constexpr int side = 3, taps = side * side, dilation = 2;
 constexpr int64_t border = dilation * (side / 2);
-constexpr int64_t most_bands = 16;
+constexpr int64_t most_bands = 16, band_pixels = 512;
 
 // Σ_taps Σ_k in[pixel + offsets[tap], k] · weight[(tap·depth + k)·weight_pitch + column] for consecutive pixels.
 template <typename T, int vectors, typename Finish>
@@ -91,7 +91,9 @@ struct Dense {
   const int64_t pitch = channel_pitch<T>(all_channels), growth_pitch = channel_pitch<T>(growth);
   const int64_t x_pitch = channel_pitch<T>(channels);
   const int64_t row_pitch = (width + 2 * border) * pitch;
-  const int64_t bands = smaller(height, most_bands);
+  const int64_t pixels = height * width;
+  // every band has sums of all weights, which outweigh the pixels of a small map
+  const int64_t bands = smaller(height, larger(2, smaller(most_bands, pixels / band_pixels)));
 
   int64_t depth(int layer) const { return channels + layer * growth; }
   int64_t weight_place(int layer) const {  // in the flat weights
@@ -192,13 +194,13 @@ struct DenseForward {
   const DenseBlockForward& call;
   const Dense<S> dense{call.shape, call.weights};
 
-  T* band_pixels(Arena& arena) const { return take_pixels<T>(arena, dense.width, dense.x_pitch); }
+  T* take_row(Arena& arena) const { return take_pixels<T>(arena, dense.width, dense.x_pitch); }
 
   int64_t workspace_bytes(int) const {
     Arena arena(nullptr);
     dense.pack(arena);
     dense.take_features(arena);
-    for (int64_t band = 0; band < dense.bands; ++band) band_pixels(arena);
+    for (int64_t band = 0; band < dense.bands; ++band) take_row(arena);
     return arena.bytes();
   }
 
@@ -210,7 +212,7 @@ struct DenseForward {
     __builtin_memset(features, 0, arena.bytes() - before);
     dense.fill(packed, threads);
     T* results[most_bands];
-    for (int64_t band = 0; band < dense.bands; ++band) results[band] = band_pixels(arena);
+    for (int64_t band = 0; band < dense.bands; ++band) results[band] = take_row(arena);
     for (int64_t sample = 0; sample < call.shape.batch; ++sample) {
       dense.compute_features(call.x, sample, packed, features, threads);
       parallel_tasks(dense.bands, threads, [&](int64_t band, int) {
