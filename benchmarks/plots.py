@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from math import atan2, degrees
@@ -16,7 +17,7 @@ INK, FAINT, GRID = "#1f2328", "#59636e", "#d9dee3"
 COLOURS = {"plain": "#9aa4af", "compile": "#d9a441", "kernel": "#1f6feb", "second kernel": "#8250df"}
 NETWORK_COLOURS = ("#1f6feb", "#bc4c00")
 STYLE = {"plain": (0, (3, 2)), "fused": "-"}
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*ph<>"
 PICTURES = ("operators", "networks", "roofline", "scaling")
 
 
@@ -111,7 +112,7 @@ def roofline(rows: Sequence[dict], rates: dict[str, float]) -> Figure:
         axes.plot((span[0], rate / copy, span[1]), (span[0] * copy, rate, rate), color=INK, linewidth=1)
         label = f"{name.removeprefix('matrix_').removesuffix('_gflops')} products {rate:.0f} GFLOP/s"
         axes.text(span[1] / 1.05, rate, label, va="bottom", ha="right", fontsize=8, color=FAINT)
-    markers = dict(zip(dict.fromkeys(row["name"] for row in points), MARKERS, strict=False))
+    markers = dict(zip(dict.fromkeys(row["name"] for row in points), itertools.cycle(MARKERS), strict=False))
     cases: dict[tuple, list[tuple[float, dict]]] = {}
     for place, row in zip(intensity, points, strict=True):
         cases.setdefault((row["name"], row["case"], row["dtype"], row["layout"]), []).append((place, row))

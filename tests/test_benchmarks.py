@@ -610,6 +610,14 @@ def test_a_run_writes_every_row_and_its_pictures(quick_run):
         assert drawn >= {ImageColor.getrgb(plots.COLOURS[kind]) for kind in ("plain", "kernel")}
 
 
+def test_the_roofline_has_room_for_any_number_of_operators(quick_run):
+    folder, rows = quick_run
+    row = next(asdict(row) for row in rows if row.work == "forward + backward")
+    names = [f"operator {number}" for number in range(2 * len(plots.MARKERS))]
+    figure = plots.roofline([row | {"name": name} for name in names], json.loads((folder / "rates.json").read_text()))
+    assert {text.get_text() for legend in figure.legends for text in legend.get_texts()} >= set(names)
+
+
 def test_the_summary_holds_the_rows_and_goes_into_a_readme(quick_run, tmp_path):
     folder, rows = quick_run
     text = summary.markdown(folder, "pictures")
