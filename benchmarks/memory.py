@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from mitnet_fast.inference import dehaze_files
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import use_backend
 
-from .measure import environment, peak_memory
+from .measure import environment, in_new_process, peak_memory
 
 NETWORKS = {"mitnet": MITNet, "dcmpnet": DCMPNet}
 BACKENDS = {"fused": None, "reference": "reference"}
@@ -40,7 +38,7 @@ class Identity(nn.Module):
         return image
 
 
-def restoring(network: str, backend: str, precision: str, side: str, device: str) -> float:
+def restoring(network: str, backend: str, precision: str, side: int, device: str) -> float:
     """Bytes per pixel at the peak of ``restore``."""
     torch.manual_seed(0)
     model = NETWORKS[network]().to(device).eval()
@@ -53,7 +51,7 @@ def restoring(network: str, backend: str, precision: str, side: str, device: str
 
     with use_backend(BACKENDS[backend]):
         restore(64)  # thread pools and libraries
-        return peak_memory(lambda: restore(int(side)), device) / int(side) ** 2
+        return peak_memory(lambda: restore(side), device) / side**2
 
 
 def image_files() -> float:
@@ -70,18 +68,13 @@ def image_files() -> float:
         return peak_memory(lambda: run(IMAGE_SIDE), "cpu") / IMAGE_SIDE**2
 
 
-def in_own_process(*words: str) -> float:
-    command = [sys.executable, "-m", __spec__.name, "--one", *words]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
 def measure(device: str) -> dict[str, dict[str, dict[str, int]]]:
     """Network → backend → precision → bytes per pixel, rounded up to 10."""
     return {
         network: {
             backend: {
                 precision: math.ceil(
-                    max(in_own_process(network, backend, precision, str(side), device) for side in SIDES) / 10
+                    max(in_new_process(restoring, network, backend, precision, side, device) for side in SIDES) / 10
                 )
                 * 10
                 for precision in ("float32", "bfloat16")
@@ -96,14 +89,10 @@ def main() -> None:
     """Measure on one device and bring the file up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one is not None:
-        print(restoring(*arguments.one) if arguments.one else image_files())
-        return
     content = json.loads(TARGET.read_text()) if TARGET.exists() else {"restore": {}, "source": {}}
     content["restore"][arguments.device] = measure(arguments.device)
-    content["files"] = math.ceil(in_own_process() / 10) * 10
+    content["files"] = math.ceil(in_new_process(image_files) / 10) * 10
     sizes = " and ".join(f"{side}×{side}" for side in SIDES)
     about = {
         name: value for name, value in environment(arguments.device).items() if name in ("device", "threads", "torch")

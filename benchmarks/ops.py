@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,10 +101,10 @@ def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> di
         torch._dynamo.reset()
         found["compile"] = torch.compile(on("reference"), fullgraph=True, dynamic=False)
         if spec.name == "predicted_dynamic_filter":
-            plain = lambda **tensors: shifted_slices(**tensors, **case.options)  # noqa: E731
+            plain = partial(shifted_slices, **case.options)
             found["compile, shifted slices"] = torch.compile(plain, fullgraph=True, dynamic=False)
         if spec.name == "window_attention":
-            flexible = lambda **tensors: flexible_attention(**tensors, **case.options)  # noqa: E731
+            flexible = partial(flexible_attention, **case.options)
             found["compile, FlexAttention"] = torch.compile(flexible, fullgraph=True, dynamic=False)
     for backend in ("cpp", "triton"):
         if not (backend == "triton" and device == "cpu") and not why_not(

@@ -43,6 +43,7 @@ from .ops._amplitude_phase import sizes_of
 from .ops._backends import choose
 from .ops._feature_mixing import LOCAL_SIZE
 from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_of_spectrum
+from .reference.feature_mixing import dense_layers
 from .reference.window_attention import padding
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
@@ -719,11 +720,8 @@ def _dense_as_seen(
         if not other_side:
             return reference.dense_block(x, dense_weight, dense_bias, fuse_weight, fuse_bias)
         features = x
-        for bias in dense_bias.chunk(5):
-            count = 9 * bias.shape[0] * features.shape[1]
-            weight, dense_weight = dense_weight[:count], dense_weight[count:]
-            shape = bias.shape[0], features.shape[1], 3, 3
-            added = layer(features, weight.view(shape), bias, padding=2, dilation=2)
+        for weight, bias in dense_layers(x.shape[1], dense_weight, dense_bias):
+            added = layer(features, weight, bias, padding=2, dilation=2)
             features = torch.cat([features, added], 1)
         return layer(features, fuse_weight[..., None, None], fuse_bias) + x
 

@@ -19,20 +19,13 @@ from mitnet_fast.export import ExportError, export, read_package
 from mitnet_fast.models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.ops import BackendError, use_backend
 from mitnet_fast.weights import WeightsError, save_weights
+from tests.networks import SMALL_DCMPNET
 
-SMALL = {
-    "widths": (4, 4, 4),
-    "depths": (1, 1, 1, 1, 1),
-    "heads": (1, 1, 1, 1, 1),
-    "prior_widths": (2, 2, 4, 4, 4),
-    "depth_widths": (4,),
-    "growth": 2,
-}
 NETWORKS = {
     "mitnet": lambda: MITNet(width=2, depth=2),
     "mitnet of full depth": lambda: MITNet(width=4),
-    "dcmpnet": lambda: DCMPNet(**SMALL),
-    "dcmpnet-shared-depth": lambda: DepthSharingDCMPNet(DCMPNet(**SMALL, share_depth=True), DepthNet((4,), 2)),
+    "dcmpnet": lambda: DCMPNet(**SMALL_DCMPNET),
+    "dcmpnet-shared-depth": lambda: DepthSharingDCMPNet(DCMPNet(**SMALL_DCMPNET, share_depth=True), DepthNet((4,), 2)),
 }
 
 # Loads packages and runs them on saved images, in a process of its own; forbids this project where told to.

@@ -28,16 +28,9 @@ from mitnet_fast.inference import dehaze_files
 from mitnet_fast.models import CheckpointError, DCMPNet, MITNet
 from mitnet_fast.training import PRESETS
 from mitnet_fast.weights import TRAINING_CHECKPOINT, WeightsError, describe, load_weights, save_weights
+from tests.networks import SMALL_DCMPNET
 
 LARGEST = 40_000  # pixels; damaged sizes beyond are refused as the 20000×20000 ones of real files are
-SMALL_DCMPNET = {
-    "widths": (4, 4, 4),
-    "depths": (1, 1, 1, 1, 1),
-    "heads": (1, 1, 1, 1, 1),
-    "prior_widths": (2, 2, 4, 4, 4),
-    "depth_widths": (4,),
-    "growth": 2,
-}
 
 
 def budget(quick: int, whole: int):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.measure import in_new_process
+from benchmarks.memory import restoring
 from mitnet_fast import memory
 from mitnet_fast._extension import EXTENSION
 from mitnet_fast.inference import dehaze_files
@@ -134,9 +134,8 @@ def test_bytes_per_pixel_grow_with_the_widths() -> None:
 @pytest.mark.parametrize("backend", ["reference", *(["fused"] if EXTENSION else [])])
 @pytest.mark.parametrize("network", FIGURES)
 def test_restoring_takes_no_more_than_planned(network: str, backend: str, precision: str) -> None:
-    words = [sys.executable, "-m", "mitnet_fast.benchmarks.memory", "--one", network, backend, precision, "384", "cpu"]
-    answer = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert 0.4 < float(answer.stdout.splitlines()[-1]) / FIGURES[network][backend][precision] < 1 / memory.SHARE
+    found = in_new_process(restoring, network, backend, precision, 384, "cpu")
+    assert 0.4 < found / FIGURES[network][backend][precision] < 1 / memory.SHARE
 
 
 def test_largest_tile() -> None:

@@ -23,24 +23,18 @@ from mitnet_fast.weights import (
     save_weights,
     system_of,
 )
-
-SMALL = {
-    "widths": (4, 4, 4),
-    "depths": (1, 1, 1, 1, 1),
-    "heads": (1, 1, 1, 1, 1),
-    "prior_widths": (2, 2, 4, 4, 4),
-    "depth_widths": (4,),
-    "growth": 2,
-}
+from tests.networks import SMALL_DCMPNET
 
 
 def network(system: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return {
         "mitnet": lambda: MITNet(width=2, depth=3, decoder_spectral=True),
-        "dcmpnet": lambda: DCMPNet(**SMALL),
+        "dcmpnet": lambda: DCMPNet(**SMALL_DCMPNET),
         "depthnet": lambda: DepthNet((4, 4), growth=2),
-        "dcmpnet-shared-depth": lambda: DepthSharingDCMPNet(DCMPNet(**SMALL, share_depth=True), DepthNet((4,), 2)),
+        "dcmpnet-shared-depth": lambda: DepthSharingDCMPNet(
+            DCMPNet(**SMALL_DCMPNET, share_depth=True), DepthNet((4,), 2)
+        ),
     }[system]()
 
 

@@ -6,8 +6,6 @@ The compiled backend runs behind ``mitnet_fast::pointwise_mlp``, ``local_mixing`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from .. import reference
@@ -271,10 +269,10 @@ def _call(
     return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)
 
 
-def _register(name: str, tensors: tuple[str, ...], same_gradient: Callable[[int], bool]) -> None:
+def _register(name: str, tensors: tuple[str, ...], *, only_added: str | None = None) -> None:
     """Register an operator of these tensors and its backward.
 
-    ``same_gradient`` says of which of them the gradient is the incoming one: the kernels leave it out.
+    The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out.
     """
     count = len(tensors)
 
@@ -293,11 +291,11 @@ def _register(name: str, tensors: tuple[str, ...], same_gradient: Callable[[int]
 
     def gradients(ctx, grad):
         needs = ctx.needs_input_grad[:count]
-        computed = [needed and not same_gradient(index) for index, needed in enumerate(needs)]
+        computed = [needed and tensor != only_added for tensor, needed in zip(tensors, needs, strict=True)]
         grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(grad, *ctx.saved_tensors, computed, ctx.backend)
         wanted = (
-            None if not needed else grad if same_gradient(index) else gradient
-            for index, (gradient, needed) in enumerate(zip(grads, needs, strict=True))
+            None if not needed else grad if tensor == only_added else gradient
+            for tensor, gradient, needed in zip(tensors, grads, needs, strict=True)
         )
         return *wanted, None
 
@@ -313,8 +311,8 @@ def _register(name: str, tensors: tuple[str, ...], same_gradient: Callable[[int]
     differentiate(name, setup, gradients)
 
 
-_register("pointwise_mlp", ("x", "weight1", "bias1", "weight2", "bias2"), lambda index: False)
+_register("pointwise_mlp", ("x", "weight1", "bias1", "weight2", "bias2"))
 _WEIGHTS = ("local_weight", "local_bias", "proj_weight", "proj_bias")
-_register("local_mixing", ("x", "value_weight", "value_bias", *_WEIGHTS), lambda index: False)
-_register("local_global_mixing", ("x", "value", "attended", *_WEIGHTS, "rescale", "rebias"), lambda index: index == 0)
-_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"), lambda index: False)
+_register("local_mixing", ("x", "value_weight", "value_bias", *_WEIGHTS))
+_register("local_global_mixing", ("x", "value", "attended", *_WEIGHTS, "rescale", "rebias"), only_added="x")
+_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +69,24 @@ def dense_block(
 
     Args and result as in :func:`mitnet_fast.ops.dense_block`.
     """
-    features, place = x, 0
-    for bias in dense_bias.chunk(DENSE_LAYERS):
-        shape = bias.shape[0], features.shape[1], 3, 3
-        weight = dense_weight[place : place + math.prod(shape)].view(shape)
-        place += weight.numel()
+    features = x
+    for weight, bias in dense_layers(x.shape[1], dense_weight, dense_bias):
         added = F.relu(F.conv2d(features, weight, bias, padding=2, dilation=2))
         features = torch.cat([features, added], 1)
     return F.relu(_pointwise(features, fuse_weight, fuse_bias)) + x
+
+
+def dense_layers(
+    channels: int, dense_weight: torch.Tensor, dense_bias: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Weight [G, C + k·G, 3, 3] and bias [G] of each layer k of a dense block for maps of ``channels``."""
+    place = 0
+    for bias in dense_bias.chunk(DENSE_LAYERS):
+        shape = bias.shape[0], channels, 3, 3
+        weight = dense_weight[place : place + math.prod(shape)].view(shape)
+        yield weight, bias
+        place += weight.numel()
+        channels += bias.shape[0]
 
 
 def _pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_can_go_on(uninterrupted, tmp_path)
         if len(asked) == 12:  # one item is looked at before the training; the others come in pairs: the sixth step
             os.kill(os.getpid(), signal.SIGINT)
 
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     config = small_config("mitnet", *EVERYTHING["mitnet"])
     datasets = (Samples(8, on_item=interrupt), Samples(2, side=24))
     result = train(config, tmp_path, datasets=datasets, console=console)
@@ -354,7 +354,7 @@ def test_waiting_for_data_is_measured(tmp_path):
 
 
 def test_the_progress_bar_shows_losses_speed_and_what_waits(tmp_path):
-    console = Console(record=True, force_terminal=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, force_terminal=True, width=120, file=io.StringIO())
     config = small_config("mitnet", "run.epochs=2", "run.steps_per_epoch=2")
     train(config, tmp_path, datasets=(Samples(8), Samples(1)), console=console)
     text = console.export_text()
@@ -385,7 +385,7 @@ def test_a_run_ends_with_its_account(tmp_path):
             item = super().__getitem__(index)
             return {**item, "hazy": item["hazy"] * math.nan} if index == 5 else item
 
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=io.StringIO())
     config = small_config("mitnet", "run.epochs=1", "validation.every=0")
     train(config, tmp_path, datasets=(Broken(8), None), console=console)
     text = console.export_text()
