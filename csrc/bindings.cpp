@@ -667,6 +667,17 @@ struct WeightGradients {
   }
 };
 
+// Contiguous tensors, and a pointer to the elements of each.
+struct DenseTensors {
+  std::vector<at::Tensor> tensors;
+
+  explicit DenseTensors(const std::vector<at::Tensor>& given) {
+    for (const at::Tensor& tensor : given) tensors.push_back(tensor.defined() ? tensor.contiguous() : tensor);
+  }
+
+  const void* data(size_t i) const { return tensors[i].defined() ? tensors[i].const_data_ptr() : nullptr; }
+};
+
 FeatureMixingShape checked_features(const at::Tensor& x, int64_t hidden) {
   check_map("x", x);
   const DataType dtype = data_type(x);
@@ -691,16 +702,10 @@ FeatureMixingShape checked_mlp(const at::Tensor& x, const at::Tensor& weight1, c
 at::Tensor pointwise_mlp_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
                                  const at::Tensor& weight2, const at::Tensor& bias2) {
   const auto shape = checked_mlp(x, weight1, bias1, weight2, bias2);
-  const at::Tensor dense_weight1 = weight1.contiguous(), dense_bias1 = bias1.contiguous();
-  const at::Tensor dense_weight2 = weight2.contiguous(), dense_bias2 = bias2.contiguous();
+  const DenseTensors dense({weight1, bias1, weight2, bias2});
   const at::Tensor y = empty_for(x);
-  const PointwiseMlpForward call{shape,
-                                 view(x),
-                                 dense_weight1.const_data_ptr(),
-                                 dense_bias1.const_data_ptr(),
-                                 dense_weight2.const_data_ptr(),
-                                 dense_bias2.const_data_ptr(),
-                                 mutable_view(y)};
+  const PointwiseMlpForward call{shape,         view(x),       dense.data(0),  dense.data(1),
+                                 dense.data(2), dense.data(3), mutable_view(y)};
   launch_on_cpu(feature_mixing_cpu_kernels().mlp_forward, call);
   return y;
 }
@@ -711,19 +716,10 @@ Gradients pointwise_mlp_backward(const at::Tensor& grad, const at::Tensor& x, co
   const auto shape = checked_mlp(x, weight1, bias1, weight2, bias2);
   check_like("grad", grad, x.sizes(), x);
   const WeightGradients grads({weight1, bias1, weight2, bias2}, needs, 1);
-  const at::Tensor dense_weight1 = weight1.contiguous(), dense_bias1 = bias1.contiguous();
-  const at::Tensor dense_weight2 = weight2.contiguous();
+  const DenseTensors dense({weight1, bias1, weight2});
   const at::Tensor grad_x = empty_for(x, needs[0]);
-  const PointwiseMlpBackward call{shape,
-                                  view(grad),
-                                  view(x),
-                                  dense_weight1.const_data_ptr(),
-                                  dense_bias1.const_data_ptr(),
-                                  dense_weight2.const_data_ptr(),
-                                  mutable_view(grad_x),
-                                  grads.data(0),
-                                  grads.data(1),
-                                  grads.data(2),
+  const PointwiseMlpBackward call{shape,         view(grad),           view(x),       dense.data(0), dense.data(1),
+                                  dense.data(2), mutable_view(grad_x), grads.data(0), grads.data(1), grads.data(2),
                                   grads.data(3)};
   launch_on_cpu(feature_mixing_cpu_kernels().mlp_backward, call);
   return grads.behind({if_defined(grad_x)});
@@ -760,17 +756,6 @@ FeatureMixingShape checked_local_global(const at::Tensor& x, const at::Tensor& v
   check_like("rebias", rebias, {shape.batch, shape.channels}, x);
   return shape;
 }
-
-// Contiguous tensors, and a pointer to the elements of each.
-struct DenseTensors {
-  std::vector<at::Tensor> tensors;
-
-  explicit DenseTensors(const std::vector<at::Tensor>& given) {
-    for (const at::Tensor& tensor : given) tensors.push_back(tensor.defined() ? tensor.contiguous() : tensor);
-  }
-
-  const void* data(size_t i) const { return tensors[i].defined() ? tensors[i].const_data_ptr() : nullptr; }
-};
 
 MixingWeights mixing_weights(const DenseTensors& dense) {
   return {dense.data(0), dense.data(1), dense.data(2), dense.data(3),

@@ -1,8 +1,9 @@
-// Tiles and tasks of feature mixing, and the choice of a kernel by data type.
+// Tiles and tasks of feature mixing.
 //
 // To be included by sources that are compiled once per instruction set.
 #pragma once
 
+#include "common/kernel_of_type_cpu.h"
 #include "common/pixels_cpu.h"
 #include "feature_mixing/feature_mixing.h"
 
@@ -42,29 +43,6 @@ struct Groups {
 
   int64_t first_tile(int64_t group) const { return group * tiles / per_sample; }
 };
-
-// Calls function with a kernel made for the call's data type.
-template <template <typename S> class Kernel, typename Call, typename Function>
-auto with_kernel(const Call& call, Function function) {
-  switch (call.shape.dtype) {
-    case DataType::float64:
-      return function(Kernel<double>{call});
-    case DataType::bfloat16:
-      return function(Kernel<c10::BFloat16>{call});
-    default:
-      return function(Kernel<float>{call});
-  }
-}
-
-template <template <typename S> class Kernel, typename Call>
-int64_t workspace_bytes(const Call& call, int threads) {
-  return with_kernel<Kernel>(call, [&](const auto& kernel) { return kernel.workspace_bytes(threads); });
-}
-
-template <template <typename S> class Kernel, typename Call>
-void launch(const Call& call, void* workspace, int threads) {
-  with_kernel<Kernel>(call, [&](const auto& kernel) { kernel.launch(workspace, threads); });
-}
 
 }  // namespace
 }  // namespace CPU_CAPABILITY

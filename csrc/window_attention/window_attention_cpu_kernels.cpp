@@ -14,6 +14,7 @@
 
 #include <limits>
 
+#include "common/kernel_of_type_cpu.h"
 #include "common/planes_cpu.h"
 #include "common/workspace_cpu.h"
 #include "window_attention/window_attention_cpu.h"
@@ -622,29 +623,6 @@ struct Backward {
     }
   }
 };
-
-// Calls function with a kernel made for the call's data type.
-template <template <typename S> class Kernel, typename Call, typename Function>
-auto with_kernel(const Call& call, Function function) {
-  switch (call.shape.dtype) {
-    case DataType::float64:
-      return function(Kernel<double>{call});
-    case DataType::bfloat16:
-      return function(Kernel<c10::BFloat16>{call});
-    default:
-      return function(Kernel<float>{call});
-  }
-}
-
-template <template <typename S> class Kernel, typename Call>
-int64_t workspace_bytes(const Call& call, int threads) {
-  return with_kernel<Kernel>(call, [&](const auto& kernel) { return kernel.workspace_bytes(threads); });
-}
-
-template <template <typename S> class Kernel, typename Call>
-void launch(const Call& call, void* workspace, int threads) {
-  with_kernel<Kernel>(call, [&](const auto& kernel) { kernel.launch(workspace, threads); });
-}
 
 }  // namespace
 

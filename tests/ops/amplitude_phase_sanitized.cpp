@@ -8,12 +8,19 @@ namespace mitnet_fast {
 namespace {
 
 template <typename T>
-bool random_calls(DataType dtype) {
+bool random_calls() {
   const int64_t channels = one_of({1, 3, 5, 20, 41}), hidden = one_of({1, 4, 7, 20}), out = one_of({1, 4, 6, 20});
   const bool projects = coin();
-  const AmplitudePhaseShape shape{
-      dtype,  1,   channels, hidden, projects ? out : channels, one_of({1, 2, 7, 16, 40}), one_of({1, 2, 5, 16, 66}),
-      coin(), 0.2, false};
+  const AmplitudePhaseShape shape{data_type<S>,
+                                  1,
+                                  channels,
+                                  hidden,
+                                  projects ? out : channels,
+                                  one_of({1, 2, 7, 16, 40}),
+                                  one_of({1, 2, 5, 16, 66}),
+                                  coin(),
+                                  0.2,
+                                  false};
   const auto weight1 = numbers<T>(hidden * channels), bias1 = numbers<T>(hidden);
   const auto weight2 = numbers<T>(channels * hidden), bias2 = numbers<T>(channels);
   const auto output_weight = numbers<T>(out * channels);
@@ -48,7 +55,5 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  return run_calls(arguments, [] {
-    return coin() ? random_calls<float>(DataType::float32) : random_calls<double>(DataType::float64);
-  });
+  return run_calls(arguments, {random_calls<float>, random_calls<double>});
 }

@@ -8,10 +8,10 @@ namespace mitnet_fast {
 namespace {
 
 template <typename S>
-bool random_calls(DataType dtype) {
+bool random_calls() {
   const int64_t b = one_of({0, 1, 2}), c = one_of({1, 3, 16, 20}), g = one_of({1, 5, 32});
   const int64_t h = one_of({1, 4, 9, 33}), w = one_of({1, 5, 17, 40});
-  const DenseBlockShape shape{dtype, b, c, g, h, w};
+  const DenseBlockShape shape{data_type<S>, b, c, g, h, w};
   const bool channels_last = coin();
   const auto strided = [&](auto view, auto* data) {
     return channels_last ? decltype(view){data, c * h * w, 1, w * c, c} : decltype(view){data, c * h * w, h * w, w, 1};
@@ -39,10 +39,5 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  return run_calls(arguments, [] {
-    const int64_t kind = one_of({0, 1, 2});
-    return kind == 0   ? random_calls<float>(DataType::float32)
-           : kind == 1 ? random_calls<double>(DataType::float64)
-                       : random_calls<c10::BFloat16>(DataType::bfloat16);
-  });
+  return run_calls(arguments, {random_calls<float>, random_calls<double>, random_calls<c10::BFloat16>});
 }

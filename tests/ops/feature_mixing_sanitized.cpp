@@ -12,13 +12,9 @@ struct RandomCall {
   FeatureMixingShape shape;
   bool channels_last = coin();
 
-  explicit RandomCall(DataType dtype)
-      : shape{dtype,
-              one_of({0, 1, 2}),
-              one_of({1, 3, 16, 20, 24, 48}),
-              one_of({1, 6, 40}),
-              one_of({3, 4, 9, 33}),
-              one_of({3, 5, 17, 70})} {}
+  RandomCall()
+      : shape{data_type<S>,       one_of({0, 1, 2}),     one_of({1, 3, 16, 20, 24, 48}),
+              one_of({1, 6, 40}), one_of({3, 4, 9, 33}), one_of({3, 5, 17, 70})} {}
 
   int64_t size() const { return shape.batch * shape.channels * shape.height * shape.width; }
 
@@ -91,8 +87,8 @@ struct RandomCall {
 };
 
 template <typename S>
-bool random_calls(DataType dtype) {
-  const RandomCall<S> call(dtype);
+bool random_calls() {
+  const RandomCall<S> call;
   return call.mlp() && call.mixing();
 }
 
@@ -101,10 +97,5 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  return run_calls(arguments, [] {
-    const int64_t kind = one_of({0, 1, 2});
-    return kind == 0   ? random_calls<float>(DataType::float32)
-           : kind == 1 ? random_calls<double>(DataType::float64)
-                       : random_calls<c10::BFloat16>(DataType::bfloat16);
-  });
+  return run_calls(arguments, {random_calls<float>, random_calls<double>, random_calls<c10::BFloat16>});
 }

@@ -9,10 +9,12 @@
 #include <cstring>
 #include <initializer_list>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu_kernel.h"
 #include "common/parallel.h"
+#include "common/tensor_view.h"
 #include "common/vectors_cpu.h"
 
 namespace mitnet_fast {
@@ -27,6 +29,12 @@ std::mt19937 generator;
 
 int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + generator() % values.size()); }
 bool coin() { return generator() % 2; }
+
+template <typename S>
+constexpr DataType data_type = std::is_same_v<S, float>           ? DataType::float32
+                               : std::is_same_v<S, double>        ? DataType::float64
+                               : std::is_same_v<S, c10::BFloat16> ? DataType::bfloat16
+                                                                  : DataType::float16;
 
 template <typename S>
 std::vector<S> numbers(int64_t count) {
@@ -57,11 +65,12 @@ void run(const CpuKernel<Call>& kernel, const Call& call) {
   std::free(workspace);
 }
 
-// Seeds the choices by arguments[1], makes arguments[2] random calls; 1 if one leaves an element unwritten, else 0.
-int run_calls(char** arguments, bool (*random_call)()) {
+// Seeds the choices by arguments[1], makes arguments[2] random calls, each of one of the kinds; 1 if one leaves an
+// element unwritten, else 0.
+int run_calls(char** arguments, const std::vector<bool (*)()>& kinds) {
   generator.seed(std::atoi(arguments[1]));
   for (int call = 0; call < std::atoi(arguments[2]); ++call) {
-    if (!random_call()) {
+    if (!kinds[generator() % kinds.size()]()) {
       std::printf("call %d leaves an element unwritten\n", call);
       return 1;
     }

@@ -16,12 +16,12 @@ int64_t side(int64_t window_size, int64_t shift, int64_t most) {
 }
 
 template <typename S>
-bool random_calls(DataType dtype) {
+bool random_calls() {
   const int64_t window_size = one_of({1, 2, 3, 4, 7, 8, 16}), shift = generator() % window_size;
   const int64_t heads = one_of({1, 2, 3}), channels = heads * one_of({1, 3, 5, 8, 12, 16, 20});
   const int64_t batch = one_of({0, 1, 2});
   const int64_t height = side(window_size, shift, 40), width = side(window_size, shift, coin() ? 40 : 160);
-  const WindowAttentionShape shape{dtype, batch, channels, height, width, heads, window_size, shift};
+  const WindowAttentionShape shape{data_type<S>, batch, channels, height, width, heads, window_size, shift};
   const int64_t pixels = batch * height * width;
   const auto strided = [&](auto view, auto* data, int64_t c, bool channels_last) {
     return channels_last ? decltype(view){data, c * height * width, 1, width * c, c}
@@ -54,10 +54,5 @@ bool random_calls(DataType dtype) {
 
 int main(int, char** arguments) {
   using namespace mitnet_fast;
-  return run_calls(arguments, [] {
-    const int64_t kind = one_of({0, 1, 2});
-    return kind == 0   ? random_calls<float>(DataType::float32)
-           : kind == 1 ? random_calls<double>(DataType::float64)
-                       : random_calls<c10::BFloat16>(DataType::bfloat16);
-  });
+  return run_calls(arguments, {random_calls<float>, random_calls<double>, random_calls<c10::BFloat16>});
 }
