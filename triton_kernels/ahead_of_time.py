@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -31,6 +31,9 @@ from . import amplitude_phase, dynamic_filter, window_attention
 from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
+# of each family's shapes the first is the hot one
+FILTERS = ((20, 256, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))  # channels, side, K
+PREDICTED_FILTERS = ((20, 256, 3), (40, 128, 3), (80, 64, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))
 WINDOWS = ((24, 2, 8), (96, 6, 8), (64, 1, 8), (24, 1, 4), (24, 2, 7), (24, 2, 16), (64, 2, 16))  # channels, heads, w
 TUNED_OPTIONS = ("num_warps", "num_stages")
 
@@ -81,19 +84,31 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
         yield _window_attention(24, 2, 8, torch.bfloat16, torch.channels_last, False)
         yield _window_attention(24, 2, 8, torch.float32, torch.contiguous_format, True)
         return
-    for dtype, layout in product(DTYPES, (torch.contiguous_format, torch.channels_last)):
-        for size in (1, 3, 5, 7):
-            yield _dynamic_filter(20, 256, size, dtype, layout)
-        for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            for channels, side in ((20, 256), (40, 128), (80, 64)):
-                yield _predicted(channels, side, 3, dtype, layout, tf32)
-            for size in (1, 5, 7):
-                yield _predicted(20, 256, size, dtype, layout, tf32)
-            for channels, heads, window in WINDOWS:
-                yield _window_attention(channels, heads, window, dtype, layout, tf32)
+    for (channels, side, size), dtype, layout in _crossed(FILTERS):
+        yield _dynamic_filter(channels, side, size, dtype, layout)
+    for (channels, side, size), dtype, layout in _crossed(PREDICTED_FILTERS):
+        for tf32 in _precisions(dtype):
+            yield _predicted(channels, side, size, dtype, layout, tf32)
+    for (channels, heads, window), dtype, layout in _crossed(WINDOWS):
+        for tf32 in _precisions(dtype):
+            yield _window_attention(channels, heads, window, dtype, layout, tf32)
     for phase, tf32 in product((False, True), repeat=2):
         for channels, side in ((20, 256), (40, 128), (80, 64), (160, 32)):
             yield _amplitude_phase(channels, side, phase, tf32)
+
+
+def _crossed(shapes: Sequence[tuple]) -> Iterator[tuple[tuple, torch.dtype, torch.memory_format]]:
+    """The hot shape in every dtype and layout, the others in NCHW, where bfloat16 stands for float16 too."""
+    hot, *others = shapes
+    for dtype, layout in product(DTYPES, (torch.contiguous_format, torch.channels_last)):
+        yield hot, dtype, layout
+    for shape, dtype in product(others, (torch.float32, torch.bfloat16)):
+        yield shape, dtype, torch.contiguous_format
+
+
+def _precisions(dtype: torch.dtype) -> tuple[bool, ...]:
+    """Whether TF32 may be used: both, where there is a choice."""
+    return (False, True) if dtype == torch.float32 else (False,)
 
 
 def _dynamic_filter(

@@ -59,7 +59,7 @@ def test_every_launch_compiles_for_every_architecture(tmp_path, architecture):
         *("K=1", "K=3", "K=5", "K=7"),
         *("C=24", "C=64", "C=96", "d=12", "d=16", "d=24", "d=32", "d=64", "w=4", "w=7", "w=8", "w=16"),
     }
-    assert len(rows) == 552
+    assert len(rows) == 296
     large = [row["kernel"] for row in rows if row["shared_bytes"] > SHARED_BYTES]
     assert all(" d=32 w=16 tf32 " in kernel for kernel in large), large  # compute capability 8.0, 9.0 and 10.0 hold it
     assert max(row["shared_bytes"] for row in rows) <= 163 * 1024
