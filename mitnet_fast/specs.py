@@ -147,17 +147,26 @@ class OpSpec:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor of one call against the truth."""
+    """One tensor of one call against the truth.
+
+    Attributes:
+        tensor: ``y`` or ``grad_<argument>``.
+        error: relative L2 distance to float64.
+        eager_error: the same of plain PyTorch in the call's dtype.
+        allowed: the error that the tolerance rule allows.
+        repeated: whether the same call gave the same bits again, where it was made twice.
+    """
 
     tensor: str
     error: float
     eager_error: float
     allowed: float
+    repeated: bool = True
 
     @property
     def passed(self) -> bool:
-        """Whether the error is finite and within what is allowed."""
-        return self.error <= self.allowed  # false for NaN
+        """Whether the error is finite and within what is allowed, and the bits were the same every time."""
+        return self.error <= self.allowed and self.repeated  # false for NaN
 
     @property
     def ratio(self) -> float:
@@ -244,19 +253,31 @@ def compare(
     backend: str | None,
     device: torch.device | str = "cpu",
     needs: Mapping[str, bool] | None = None,
+    twice: bool = False,
 ) -> list[Comparison]:
-    """Run one case on a backend and compare its result and gradients with the truth, tensor by tensor."""
+    """Run one case on a backend and compare its result and gradients with the truth, tensor by tensor.
+
+    Args:
+        spec: the operator.
+        case: the call.
+        backend: what runs it; None for the best.
+        device: where.
+        needs: arguments whose gradients are wanted or not; those that it does not name are.
+        twice: run it twice, and compare the bits too.
+    """
     tensors = spec.inputs(case, device)
     y_like = torch.empty(spec.output_shape(case), dtype=case.dtype, device=device)
     gradient = spec.gradient(case, y_like)
     truth, absolute, eager = expectations(spec, case, tensors, gradient, backend, needs)
     actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
+    again = outputs_and_gradients(spec, case, tensors, gradient, backend, needs) if twice else actual
     return [
         Comparison(
             name,
             relative_error(actual[name].cpu(), truth[name]) if truth[name].numel() else float(actual[name].numel()),
             eager_error := relative_error(eager[name], truth[name]) if truth[name].numel() else 0.0,
             allowed_error(case.dtype, eager_error, truth[name], absolute[name]),
+            torch.equal(actual[name], again[name]) or bool(actual[name].isnan().any()),
         )
         for name in truth
     ]

@@ -1,16 +1,117 @@
-"""Verification of what can run here."""
+"""Verification of what can run here: what it checks, what it finds, and what it says about the rest."""
 
-from mitnet_fast.verify import verify
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mitnet_fast import _C
+from mitnet_fast import verify as verification
+from mitnet_fast.cli import app
+from mitnet_fast.ops import _backends
+from mitnet_fast.specs import DYNAMIC_FILTER, LAYOUTS, SPECS
+from mitnet_fast.verify import KERNELS, verify
+
+COMPUTED = _C.dynamic_filter_forward
+SMALL = replace(DYNAMIC_FILTER, cases=(replace(DYNAMIC_FILTER.typical, seed=3),))
 
 
-def test_calls_that_no_time_is_left_for_are_said():
-    everything = []
-    verification = verify("dynamic_filter", "cpp", devices=["cpu"], seconds=0, progress=lambda *n: everything.append(n))
-    assert verification.checks == ()
-    assert not everything
-    assert not verification.passed
-    ((what, reason),) = verification.not_run.items()
-    calls = int(what.split()[2])
-    assert what == f"the last {calls} of {calls} calls"
-    assert calls > 100
-    assert reason == "0 s are over"
+@pytest.fixture
+def small(monkeypatch):
+    """One case of one operator, in every dtype and layout."""
+    monkeypatch.setattr(verification, "SPECS", (SMALL,))
+
+
+def inexact(*arguments):
+    return 1.001 * COMPUTED(*arguments)
+
+
+def leaves_a_column_out(x, filters, residual):
+    y = torch.empty_like(x)
+    y[..., 1:] = COMPUTED(x, filters, residual)[..., 1:]
+    return y
+
+
+def raises(*arguments):
+    raise RuntimeError("out of shared memory")
+
+
+class Wavers:
+    """One unit in the last place more at every second call: within the tolerance, and not the same."""
+
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        y = COMPUTED(*arguments)
+        return y if self.calls % 2 else torch.nextafter(y, torch.full_like(y, torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        (inexact, "y: error 1.00e-03, allowed"),
+        (leaves_a_column_out, "y: error inf, allowed"),
+        (raises, "RuntimeError: out of shared memory"),
+        (Wavers(), "y: the same call gave other bits the second time"),
+    ],
+    ids=["inexact", "not written", "raises", "not repeatable"],
+)
+def test_a_kernel_that_is_wrong_is_found_and_said(small, monkeypatch, tmp_path, kernel, problem):
+    monkeypatch.setattr(_C, "dynamic_filter_forward", kernel)
+    words = ["verify", "--family", "dynamic_filter", "--backend", "cpp", "--json", str(tmp_path / "checks.json")]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 1, answer.output
+    failed = [line for line in answer.output.splitlines() if line.startswith("failed: dynamic_filter on cpp, batch=2 ")]
+    assert any(problem in line for line in failed)
+    written = json.loads((tmp_path / "checks.json").read_text())
+    assert not written["passed"]
+    found = {(check["dtype"], check["tensor"]) for check in written["checks"] if not check["passed"]}
+    assert ("float32", "y") in found
+    assert "float64" in {dtype for dtype, _ in found}
+    assert not {tensor for _, tensor in found} - {"y"}
+
+
+def test_what_is_right_passes_and_every_check_is_written(small, tmp_path):
+    words = ["verify", "--backend", "cpp", "--random", "2", "--json", str(tmp_path / "checks.json")]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+    written = json.loads((tmp_path / "checks.json").read_text())
+    assert written["passed"]
+    fixed = 3 * len(LAYOUTS)  # dtypes
+    assert len({check["case"] for check in written["checks"]}) == fixed + 2
+    assert {check["tensor"] for check in written["checks"]} == {"y", "grad_x", "grad_filters"}
+    for check in written["checks"]:
+        assert check["error"] <= check["allowed"]
+        assert check["problem"] is None
+
+
+def test_plain_pytorch_is_held_to_its_own_rule(small):
+    checked = verify("dynamic_filter", "reference")
+    assert checked.passed
+    assert {check.dtype for check in checked.checks} == {"float64", "float32", "bfloat16", "float16"}
+
+
+@pytest.mark.parametrize("family", _backends.FAMILIES)
+def test_every_operator_of_a_family_is_called_in_every_dtype_and_layout(family):
+    """Counted, not run: no time is left for any call."""
+    said = []
+    checked = verify(family, "cpp", devices=["cpu"], random_cases=5, seconds=0, progress=lambda *n: said.append(n))
+    dtypes = len(KERNELS[family].dtypes["cpp", "cpu"])
+    calls = sum(len(spec.cases) * dtypes * len(LAYOUTS) + 5 for spec in SPECS if spec.family == family)
+    assert checked.not_run == {f"the last {calls} of {calls} calls": "0 s are over"}
+    assert checked.checks == ()
+    assert not checked.passed
+    assert said == []
+
+
+def test_what_cannot_run_is_said_with_its_reasons(small, monkeypatch):
+    monkeypatch.setitem(_backends.UNAVAILABLE, ("triton", "cuda"), ("Triton is not installed",))
+    checked = verify(None, "triton", devices=["cuda"])
+    assert checked.not_run == {"dynamic_filter on triton, cuda": "Triton is not installed"}
+    assert not checked.passed
+    answer = CliRunner().invoke(app, ["verify", "--backend", "cpp", "--seconds", "0"])
+    assert answer.exit_code == 1
+    assert "nothing could run here" in answer.output
