@@ -7,6 +7,7 @@ Writes into the output folder
     bench.csv, bench.json   one row per piece of work and implementation, one schema (:class:`.measure.Result`)
     rates.json              copy bandwidth and matrix rate of this machine, measured in the same run
     work.csv, work.json     operators and bytes of a training step, counted
+    work-parts.csv, .json   what the fused networks' steps are made of
     scaling.csv, .json      inference from small images to large ones, and of several at once
     speedups, roofline, scaling   as .png and .svg
     summary.md              all of it as tables, held against the targets
@@ -100,16 +101,17 @@ def run(
             begin(f"{network}, image sizes")
             sides, batches = (QUICK_SIDES, (1,)) if quick else (None, scaling.BATCHES)
             sizes += scaling.measure(network, device, SCALING_SECONDS, sides=sides, batches=batches)
-        counted = []
+        counted, parts = [], []
         for network in networks:
             begin(f"{network}, work")
             counted += work.rows(network)
+            parts += work.parts(network)
     ops.show([row for row in results if row.kind == "operator"], console)
     models.show([row for row in results if row.kind == "network"], console)
     scaling.show([asdict(row) for row in sizes], console)
     work.show(counted, console)
     (output / "rates.json").write_text(json.dumps(rates | environment(device), indent=1) + "\n")
-    for name, rows in (("bench", results), ("work", counted), ("scaling", sizes)):
+    for name, rows in (("bench", results), ("work", counted), ("work-parts", parts), ("scaling", sizes)):
         for stale in output.glob(f"{name}.*"):
             stale.unlink()
         if rows:

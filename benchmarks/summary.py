@@ -17,7 +17,8 @@ from typing import Any
 
 from .plots import where
 from .scaling import bytes_per_pixel, largest_side_per_gib
-from .targets import Verdict, judge, judge_work
+from .targets import WORK_TARGETS, Verdict, WorkTarget, judge, judge_work
+from .work import AROUND, CONVOLUTIONS
 
 BEGIN, END = "<!-- performance: written by benchmarks/summary.py -->", "<!-- /performance -->"
 Rows = Sequence[Mapping[str, Any]]
@@ -32,7 +33,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
     """
     found = {
         name: json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else []
-        for name in ("bench", "work", "scaling", "precision", "compile")
+        for name in ("bench", "work", "work-parts", "scaling", "precision", "compile")
     }
     rates = json.loads((folder / "rates.json").read_text())
     prefix = f"{pictures}/" if pictures else ""
@@ -55,6 +56,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
         lines += [f"![Operations per second below the machine's limits]({prefix}roofline.png)", ""]
     lines += _compiled(found["compile"])
     lines += _work(found["work"])
+    lines += _left(found["work"], found["work-parts"])
     if found["scaling"]:
         lines += [f"![Seconds and memory over image size and batch]({prefix}scaling.png)", ""]
         lines += _scaling(found["scaling"])
@@ -132,6 +134,36 @@ def _work(rows: Rows) -> Iterator[str]:
     yield (
         "Counted, not timed: every operator that is no view counts as one and moves its operands and results once, "
         "fused operators what their kernels move (`benchmarks/work.py`)."
+    )
+    yield ""
+
+
+def _left(counted: Rows, parts: Rows) -> Iterator[str]:
+    """What the training steps consist of that miss their goal, and why they do."""
+    fused = {row["network"]: row for row in counted if row["implementation"] == "fused"}
+    for target in WORK_TARGETS:
+        row = fused.get(target.network)
+        own = [part for part in parts if part["network"] == target.network]
+        if own and (row["operators"] > target.operators or row["gigabytes"] > target.gigabytes):
+            yield from _why(target, row, own)
+
+
+def _why(target: WorkTarget, row: Mapping[str, Any], parts: Rows) -> Iterator[str]:
+    yield f"| what is left of {target.network}'s step | operators | GB |"
+    yield "|---|--:|--:|"
+    for part in parts:
+        yield f"| {part['part']} | {part['operators']:,} | {part['gigabytes']:.1f} |"
+    yield ""
+    convolutions = next(part for part in parts if part["part"] == CONVOLUTIONS)
+    around = [part for part in parts if part["part"] in AROUND]
+    operators = row["operators"] - sum(part["operators"] for part in around)
+    gigabytes = row["gigabytes"] - sum(part["gigabytes"] for part in around)
+    yield (
+        f"{target.network} misses its goal of {target.operators:,} operators and {target.gigabytes:.0f} GB because its "
+        f"convolutions, PyTorch's own, are {convolutions['operators']:,} operators and {convolutions['gigabytes']:.1f} "
+        f"GB of it and do nothing else on their way: {', '.join(part['part'] for part in around)} each pass over the "
+        f"maps again. With convolution kernels that do these too, forward and backward, {operators:,} operators and "
+        f"{gigabytes:.1f} GB would be left at best; this project has none."
     )
     yield ""
 

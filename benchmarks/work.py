@@ -8,11 +8,13 @@ the images that the losses see, float32, without loss networks and optimizer. A 
 dispatched once but may move its data several times; ``PASSES`` says what its kernels really do.
 
 The counts do not depend on the machine: shapes are propagated through the operators' fake kernels.
+OUTPUT.csv and .json hold a network a row, OUTPUT-parts.csv and .json what the fused networks' steps are made of.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,6 +121,32 @@ PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
 }
 
 
+CONVOLUTIONS, FUSED, ELSE = "convolutions", "fused operators", "everything else"
+PARTS = {  # of a step, by the names of operators
+    CONVOLUTIONS: ("convolution", "convolution_backward"),
+    "sums of maps and of gradients": ("add", "add_"),
+    "activations": (
+        "leaky_relu",
+        "leaky_relu_",
+        "leaky_relu_backward",
+        "relu",
+        "relu_",
+        "threshold_backward",
+        "sigmoid",
+        "sigmoid_backward",
+    ),
+    "concatenations": ("cat", "stack"),
+}
+AROUND = tuple(part for part in PARTS if part != CONVOLUTIONS)  # what a convolution could do on its way
+
+
+def part_of(operator: str) -> str:
+    """The part of a step that an operator belongs to."""
+    if hasattr(torch.ops.mitnet_fast, operator):
+        return FUSED
+    return next((part for part, operators in PARTS.items() if operator in operators), ELSE)
+
+
 class WorkCounter(TorchDispatchMode):
     """Operators that were dispatched, and the bytes that they move, by name."""
 
@@ -148,6 +176,17 @@ class Row:
     gigabytes: float
 
 
+@dataclass(frozen=True)
+class PartRow:
+    """Work of one part of a fused network's training step."""
+
+    network: str
+    part: str
+    operators: int
+    gigabytes: float
+
+
+@functools.cache
 def count(network: str, batch: int, size: int, backend: str) -> WorkCounter:
     """Work of one training step of a network.
 
@@ -175,6 +214,17 @@ def rows(network: str, batch: int = 8, size: int = 256) -> list[Row]:
     return found
 
 
+def parts(network: str, batch: int = 8, size: int = 256) -> list[PartRow]:
+    """What a fused network's training step is made of, what moves most first."""
+    counter = count(network, batch, size, IMPLEMENTATIONS["fused"])
+    operators: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    for operator, calls in counter.operators.items():
+        operators[part_of(operator)] += calls
+        moved[part_of(operator)] += counter.bytes[operator]
+    return [PartRow(network, part, operators[part], round(amount / 1e9, 1)) for part, amount in moved.most_common()]
+
+
 def show(found: Sequence[Row], console: Console) -> None:
     """Print one table."""
     table = Table("network", "implementation", "operators", "GB", title="one training step, float32")
@@ -188,7 +238,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, help="side of the images, a multiple of 8")
     parser.add_argument("--operators", type=int, default=0, help="show so many of the operators that move most")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
+    parser.add_argument("--output", type=Path, help="write OUTPUT and OUTPUT-parts, as .csv and .json")
     options = parser.parse_args()
     console = Console()
     if options.operators:
@@ -202,7 +252,9 @@ def main() -> None:
     show(found, console)
     if options.output:
         write_results(found, options.output)
-        console.print(f"written: {options.output}.csv, {options.output}.json")
+        of_networks = [row for network in NETWORKS for row in parts(network, options.batch, options.size)]
+        write_results(of_networks, options.output.with_name(f"{options.output.name}-parts"))
+        console.print(f"written: {options.output}.csv, {options.output}.json, and with -parts what they consist of")
 
 
 if __name__ == "__main__":

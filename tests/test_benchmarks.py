@@ -319,6 +319,13 @@ def test_the_work_of_a_training_step_does_not_grow(network):
     assert fused.gigabytes <= WORK[network][1]
     assert fused.operators < plain.operators
     assert fused.gigabytes < plain.gigabytes
+    parts = {row.part: row for row in work.parts(network)}
+    assert parts.keys() == {*work.PARTS, work.FUSED, work.ELSE}
+    assert sum(part.operators for part in parts.values()) == fused.operators
+    assert sum(part.gigabytes for part in parts.values()) == pytest.approx(fused.gigabytes, abs=0.35)  # rounded each
+    called = work.count(network, 8, 256, "cpp").operators
+    assert parts[work.CONVOLUTIONS].operators == called["convolution"] + called["convolution_backward"]
+    assert parts[work.FUSED].operators >= 2 * sum(called[spec.name] for spec in bench.SPECS) > 20
 
 
 def test_work_counts_operands_and_results_of_what_is_no_view():
@@ -512,6 +519,40 @@ def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
     assert "| MITNet | phase stage | bfloat16 | 25.000 | -0.013 | 3.2 |" in text
     missing = "CPU: predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager"
     assert f"| {missing} | ≥ 5.00× |  | not measured |" in text
+
+
+def test_the_summary_says_why_counted_work_misses_its_goal(quick_run, tmp_path):
+    folder, _ = quick_run
+    for file in ("bench.json", "rates.json"):
+        (tmp_path / file).write_text((folder / file).read_text())
+    counted = [
+        work.Row(network, "fused", "[8, 3, 256, 256]", operators, gigabytes)
+        for network, operators, gigabytes in (("MITNet", 500, 24.0), ("DCMPNet", 1000, 90.0))
+    ]
+    parts = [
+        work.PartRow("MITNet", work.CONVOLUTIONS, 200, 12.5),
+        work.PartRow("MITNet", "concatenations", 70, 1.5),
+        work.PartRow("MITNet", work.ELSE, 230, 10.0),
+        work.PartRow("DCMPNet", work.CONVOLUTIONS, 900, 80.0),
+    ]
+    measure.write_results(counted, tmp_path / "work")
+    measure.write_results(parts, tmp_path / "work-parts")
+    text = summary.markdown(tmp_path)
+    assert "| what is left of MITNet's step | operators | GB |" in text
+    assert "| concatenations | 70 | 1.5 |" in text
+    assert "misses its goal of 400 operators and 25 GB because its convolutions, PyTorch's own, are 200" in text
+    assert "430 operators and 22.5 GB would be left at best" in text
+    assert "left of DCMPNet" not in text
+
+
+RECORDED = Path(summary.__file__).parent / "results" / "cpu"
+
+
+def test_no_figure_of_the_readme_is_written_by_hand():
+    whole = (RECORDED.parents[2] / "README.md").read_text()
+    section = whole.partition(f"{summary.BEGIN}\n")[2].partition(summary.END)[0]
+    assert section == summary.markdown(RECORDED, "benchmarks/results/cpu")
+    assert (RECORDED / "summary.md").read_text() == summary.markdown(RECORDED)
 
 
 def test_the_report_holds_what_its_parts_measured_against_targets(quick_run, tmp_path):
