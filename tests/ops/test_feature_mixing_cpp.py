@@ -1,0 +1,171 @@
+"""Feature mixing in C++ on the CPU: tiles and their seams, threads, layouts, instruction sets, distant memory.
+
+What holds for the compiled kernels of every operator is in test_kernels.py, on smaller maps.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mitnet_fast import _C
+from mitnet_fast.specs import SPECS, compare, outputs_and_gradients
+from mitnet_fast.verify import poisoned_memory
+from tests.ops.test_dynamic_filter_cpp import far_apart
+
+OPERATORS = ("pointwise_mlp", "local_mixing", "local_global_mixing", "dense_block")
+FAMILY = {spec.name: spec for spec in SPECS if spec.name in OPERATORS}
+# Maps that are cut into several tiles, up and down and side by side, also where the last one is cut off;
+# channels that fill no whole vector; batches whose samples share a group of weight sums.
+SIZES = [
+    {"batch": 1, "channels": 20, "height": 37, "width": 130},
+    {"batch": 2, "channels": 3, "height": 70, "width": 33},
+    {"batch": 1, "channels": 17, "height": 3, "width": 300},
+    {"batch": 67, "channels": 2, "height": 6, "width": 7},
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+every_operator = pytest.mark.parametrize("name", FAMILY)
+
+
+def case_of(name, sizes, dtype=torch.float32, layout="contiguous"):
+    typical = FAMILY[name].typical
+    return replace(typical, sizes=typical.sizes | sizes, dtype=dtype, layout=layout, seed=1)
+
+
+def failures(name, case):
+    return [f"{name} {case}: {result}" for result in compare(FAMILY[name], case, "cpp") if not result.passed]
+
+
+@every_operator
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_tiles_fit_together(name, sizes):
+    layouts = dict(zip(DTYPES, ("contiguous", "strided", "channels_last"), strict=True))
+    with poisoned_memory():
+        for dtype in DTYPES:
+            assert not failures(name, case_of(name, sizes, dtype, layouts[dtype]))
+        assert not failures(name, case_of(name, sizes, layout="channels_last"))
+
+
+def results(name, case, needs=None):
+    spec = FAMILY[name]
+    tensors = spec.inputs(case)
+    gradient = spec.gradient(case, torch.empty(spec.output_shape(case), dtype=case.dtype))
+    return outputs_and_gradients(spec, case, tensors, gradient, "cpp", needs)
+
+
+def differing(found, expected):
+    return [tensor for tensor, value in found.items() if not torch.equal(value, expected[tensor])]
+
+
+@every_operator
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bits_depend_neither_on_threads_nor_on_layouts_nor_on_what_else_is_asked(name, sizes):
+    case = case_of(name, sizes)
+    expected = results(name, case)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert not differing(results(name, case), expected), threads
+    finally:
+        torch.set_num_threads(before)
+    for layout in ("channels_last", "strided"):
+        assert not differing(results(name, case_of(name, sizes, layout=layout)), expected), layout
+    arguments = FAMILY[name].shapes(case)
+    with poisoned_memory():
+        for wanted in arguments:
+            alone = results(name, case, {argument: argument == wanted for argument in arguments})
+            assert alone.keys() == {"y", f"grad_{wanted}"}
+            assert not differing(alone, expected), wanted
+
+
+ELSEWHERE = """
+import torch
+from mitnet_fast import _C
+from mitnet_fast.verify import poisoned_memory
+from tests.ops.test_feature_mixing_cpp import DTYPES, FAMILY, SIZES, case_of, failures
+torch.set_num_threads(1)
+print(_C.cpu_capability())
+with poisoned_memory():
+    for name in FAMILY:
+        for sizes, dtype in zip(SIZES, DTYPES):
+            print(*failures(name, case_of(name, sizes, dtype, "channels_last")), sep="\\n", end="")
+"""
+
+
+@pytest.mark.parametrize(("wanted", "narrower"), [("default", ["DEFAULT"]), ("avx2", ["DEFAULT", "AVX2"])])
+def test_every_instruction_set_computes_the_same(wanted, narrower):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": wanted}
+    answer = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    capability, *failed = answer.stdout.split("\n")
+    assert not any(failed), failed
+    assert capability == narrower[-1] or _C.cpu_capability() in narrower
+
+
+@every_operator
+def test_gradients_are_those_of_finite_differences(name):
+    spec, case = FAMILY[name], case_of(name, {"batch": 2, "channels": 2, "height": 4, "width": 3}, torch.float64)
+    tensors = spec.inputs(case)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    assert torch.autograd.gradcheck(
+        lambda *values: spec.run(case, dict(zip(tensors, values, strict=True)), "cpp"), leaves, fast_mode=True
+    )
+
+
+@every_operator
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_gradient_has_the_layout_of_its_map(name, layout):
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    found = results(name, case_of(name, {"batch": 2, "channels": 3, "height": 5, "width": 6}, layout=layout))
+    for tensor in ("y", *(f"grad_{argument}" for argument in FAMILY[name].maps)):
+        assert found[tensor].is_contiguous(memory_format=formats[layout]), tensor
+
+
+@every_operator
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3])
+def test_offsets_beyond_32_bits(name, dimension):
+    """Along one dimension, the third entry of every map lies beyond 2³¹ elements."""
+    spec = FAMILY[name]
+    sizes = {"batch": 3 if dimension == 0 else 1, "channels": 3 if dimension == 1 else 2, "height": 3, "width": 3}
+    case = case_of(name, sizes, torch.bfloat16)
+    tensors = spec.inputs(case)
+    gradient = spec.gradient(case, torch.empty(spec.output_shape(case), dtype=case.dtype))
+    expected = outputs_and_gradients(spec, case, tensors, gradient, "cpp")
+    far = {argument: far_apart(t, dimension) if argument in spec.maps else t for argument, t in tensors.items()}
+    assert all(far[argument].stride(dimension) == 3 * 2**29 for argument in spec.maps)
+    found = outputs_and_gradients(spec, case, far, far_apart(gradient, dimension), "cpp")
+    assert not differing(found, expected)
+
+
+@every_operator
+def test_bad_arguments_of_the_launchers_are_errors(name):
+    """Each argument in turn with another shape or type, one too many channels in a map and float16."""
+    spec, case = FAMILY[name], case_of(name, {"batch": 2, "channels": 3, "height": 5, "width": 6})
+    good = spec.inputs(case)
+    forward, backward = (getattr(_C, f"{name}_{direction}") for direction in ("forward", "backward"))
+    grad, needs = torch.zeros(spec.output_shape(case)), [True] * len(good)
+
+    def refused(error, message, grad=grad, needs=needs, **change):
+        with pytest.raises(error, match=message):
+            backward(grad, *(good | change).values(), needs)
+        if change:
+            with pytest.raises(error, match=message):
+                forward(*(good | change).values())
+
+    first, *others = good
+    for argument in others:
+        longer = torch.cat([good[argument], good[argument][:1]])
+        refused(ValueError, "expected shape", **{argument: longer})
+        refused(
+            TypeError,
+            f"{argument}: expected dtype Float as {first} has, got Double",
+            **{argument: longer.double()[:-1]},
+        )
+    refused(ValueError, f"{first}: expected a dense tensor", **{first: good[first][0]})
+    refused(TypeError, f"{first}: dtype Half is not supported, allowed: float32", **{first: good[first].half()})
+    refused(ValueError, "grad: expected shape", grad=grad[..., 1:])
+    refused(ValueError, f"needs: expected {len(good)} entries, got {len(good) + 1}", needs=[*needs, True])
