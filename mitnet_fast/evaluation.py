@@ -35,7 +35,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import __version__
+from . import __version__, memory
 from .data.files import atomic_write
 from .data.images import decoder_versions
 from .inference import check_restores, place, restore
@@ -299,11 +299,25 @@ def _evaluate_image(
     for rule in rules:
         seen = rule.cut(hazy)
         if seen.shape not in restored:
+            _check_memory(model, seen, device, dtype)
             result, elapsed = restore(model, seen, device=device, dtype=dtype)
             restored[seen.shape] = result.to(device)
             seconds.append(elapsed)
         scores[rule.name] = score(restored[seen.shape], rule.cut(clear), rule.name)
     return ImageScores(name, *hazy.shape[-2:], seconds[0], scores)
+
+
+def _check_memory(model: nn.Module, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise MemoryError where the system would end the process instead: on the CPU. Tiles have other scores."""
+    if device.type != "cpu":
+        return
+    per_pixel, free = memory.bytes_per_pixel(model, device, dtype), memory.free_bytes(device)
+    height, width = image.shape[-2:]
+    if None not in (per_pixel, free) and per_pixel * height * width > memory.SHARE * free:
+        raise MemoryError(
+            f"restoring {width}×{height} pixels as a whole needs {memory.in_words(per_pixel * height * width)}, "
+            f"{memory.in_words(free)} are free"
+        )
 
 
 def _check_target(path: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
@@ -315,14 +313,12 @@ def _dehaze_file(
     overlap: int,
     compare: bool,
 ) -> FileResult:
-    with warnings.catch_warnings(record=True) as warned:  # decoders speak of damage and size, several times over
-        warnings.simplefilter("always")
-        size = read_size(source)
-        _check_files_fit(size)
-        image = read_image(source)
+    size = read_size(source)
+    _check_files_fit(size)
+    image = read_image(source)
     check_writable(target, alpha=image.alpha is not None, bits=image.bits)
     hazy, deviation = image.rgb[None], None
-    notes = [*image.notes, *dict.fromkeys(_in_one_line(warning, size) for warning in warned)]
+    notes = [*image.notes]
     fits = largest_tile(size) if tile == AUTO or compare else None
     restored, seconds, used = _restored(run, hazy, fits if tile == AUTO else tile, overlap, tile == AUTO)
     if tile == AUTO and used is not None:
@@ -364,12 +360,6 @@ def _restored(
             if not adapt or smaller < memory.SMALLEST_TILE:
                 raise
         tile = smaller
-
-
-def _in_one_line(warning: warnings.WarningMessage, size: tuple[int, int]) -> str:
-    if issubclass(warning.category, Image.DecompressionBombWarning):
-        return f"{size[0]}×{size[1]} pixels are more than most photographs have: is it one?"
-    return " ".join(str(warning.message).split())
 
 
 def _check_files_fit(size: tuple[int, int]) -> None:

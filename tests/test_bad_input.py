@@ -1,10 +1,11 @@
-"""What goes wrong around ``mitnet-fast dehaze``: each a clear line and an exit code, the other files restored."""
+"""Bad files and words on the command line: each a clear line and an exit code, the other files restored."""
 
 from __future__ import annotations
 
 import os
 import resource
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mitnet_fast.cli import EXPECTED, app
+from mitnet_fast.data import PairedImages
+from mitnet_fast.data.depth import DepthMap, read_depth
+from mitnet_fast.data.images import ImageError
 from mitnet_fast.models import MITNet
 from mitnet_fast.weights import save_weights
 
@@ -36,8 +40,12 @@ def picture(height: int = 20, width: int = 30, channels: int = 3) -> np.ndarray:
 
 
 def dehaze(*words: str) -> tuple[int, str]:
+    return command("dehaze", *words, "-w", "w.safetensors", "-o", "out", "--device", "cpu")
+
+
+def command(*words: str) -> tuple[int, str]:
     """Exit code and what is said, as the command line shows it."""
-    result = CliRunner().invoke(app, ["dehaze", *words, "-w", "w.safetensors", "-o", "out", "--device", "cpu"])
+    result = CliRunner().invoke(app, list(words))
     if result.exception is None or isinstance(result.exception, SystemExit):
         return result.exit_code, result.output
     assert isinstance(result.exception, EXPECTED), result.exception
@@ -113,6 +121,34 @@ def test_an_image_of_many_pixels_is_one_line_and_no_warning(
     assert code == 0
     assert said.count("30×20 pixels are more than most photographs have: is it one?") == 1
     assert not [warning for warning in recwarn if "DecompressionBomb" in str(warning.category)]
+
+
+def test_sets_of_images_of_many_pixels_give_no_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Headers of 95 megapixels with a row of pixels behind them, and small images read under a limit below them."""
+    before = warnings.showwarning, list(warnings.filters)
+    for root, content in (("large", png_header(10_000, 9500)[:-9]), ("small", Path("in/good.png").read_bytes())):
+        for place in ("train/GT", "train/hazy", "test/GT", "test/hazy"):
+            Path(root, place).mkdir(parents=True)
+            for index in range(4):
+                Path(root, place, f"{index}.png").write_bytes(content)
+    code, said = command("data", "check", "large")
+    assert code == 0, said
+    code, said = command("evaluate", "large", "-w", "w.safetensors", "--device", "cpu")
+    assert code == 1
+    assert "test/hazy/3.png: cannot be read: " in said
+    with pytest.raises(ImageError, match=r"hazy/3\.png: cannot be read"):
+        PairedImages("large", "train", patch=8)[3]
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert command("data", "check", "small", "--decode")[0] == 0
+    assert command("evaluate", "small", "-w", "w.safetensors", "--device", "cpu")[0] == 0
+    assert PairedImages("small", "train", patch=8)[3]["hazy"].shape == (3, 8, 8)
+    Image.fromarray(picture()[..., 0]).save("depth.png")
+    assert read_depth(DepthMap("depth.png", "disparity")).shape == (1, 20, 30)
+    assert [str(warning.message) for warning in recwarn] == []
+    assert (warnings.showwarning, list(warnings.filters)) == before
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif", ".bmp", ".webp"])

@@ -126,7 +126,8 @@ def test_commands_parse(page: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_overrides_in_the_text_exist(page: Path) -> None:
-    for override in re.findall(r"-s (?!section\.field)([a-z_]+\.[a-z_]+=[^\s`]+)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for override in re.findall(r"(?:-s |`)(?!section\.field)([a-z_]+\.\w+=[^\s`]+)", text):
         load_config("dcmpnet-its" if override.startswith("data.depth") else "mitnet-its", [override])
 
 

@@ -26,7 +26,8 @@ from mitnet_fast.cli import EXPECTED, app
 from mitnet_fast.data import write_image
 from mitnet_fast.inference import dehaze_files
 from mitnet_fast.models import CheckpointError, DCMPNet, MITNet
-from mitnet_fast.training import PRESETS
+from mitnet_fast.training import PRESETS, load_checkpoint
+from mitnet_fast.training.checkpoint import save_checkpoint
 from mitnet_fast.weights import TRAINING_CHECKPOINT, WeightsError, describe, load_weights, save_weights
 from tests.networks import SMALL_DCMPNET
 
@@ -164,6 +165,33 @@ def test_damaged_images(
     check()
     assert min(outcomes.values()) > examples / 50, outcomes
     assert "Traceback" not in capfd.readouterr().err  # libtiff says a word of its own
+
+
+@budget(50, 1000)
+def test_damaged_checkpoints(examples: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    last, values = tmp_path / "last.pt", torch.arange(20.0)
+    save_checkpoint(tmp_path / "previous.pt", {"position": {"step": 3}})
+    save_checkpoint(last, {"position": {"step": 4}, "values": values, "losses": [0.5, None]})
+    whole, outcomes = last.read_bytes(), {"read": 0, "refused": 0}
+
+    @reproducible(examples)
+    @given(steps=STEPS)
+    def check(steps: list[tuple[str, float, bytes]]) -> None:
+        last.write_bytes(damaged(whole, steps))
+        try:
+            content = load_checkpoint(last)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{last}: ")
+            assert f"the newest good checkpoint beside it is {tmp_path / 'previous.pt'} (step 3)" in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert (content["position"], content["losses"]) == ({"step": 4}, [0.5, None])
+            assert torch.equal(content["values"], values)
+            outcomes["read"] += 1
+
+    check()
+    assert min(outcomes.values()) > examples / 50, outcomes
+    assert capfd.readouterr().err == ""
 
 
 def json_values() -> st.SearchStrategy:

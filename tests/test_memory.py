@@ -15,6 +15,8 @@ from benchmarks.measure import in_new_process
 from benchmarks.memory import restoring
 from mitnet_fast import memory
 from mitnet_fast._extension import EXTENSION
+from mitnet_fast.data import PairedImages
+from mitnet_fast.evaluation import evaluate
 from mitnet_fast.inference import dehaze_files
 from mitnet_fast.models import DCMPNet, DepthNet, DepthSharingDCMPNet, MITNet
 from mitnet_fast.ops import use_backend
@@ -158,6 +160,20 @@ def free_for(model: nn.Module, side: int, height: int, width: int) -> int:
         + 1
         + (memory.MEASURED["files"] * height * width)
     )
+
+
+def test_an_image_that_does_not_fit_has_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("GT", "hazy"):
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "large.png", 64, 96)
+        picture(tmp_path / folder / "small.png", 32, 40)
+    model = Counted()
+    free = int(60 * 90 * memory.bytes_per_pixel(model, CPU, torch.float32) / memory.SHARE)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: free)
+    large, small = evaluate(model, PairedImages(tmp_path)).images
+    assert large.error.startswith("restoring 96×64 pixels as a whole needs ")
+    assert large.error.endswith(f", {memory.in_words(free)} are free")
+    assert (small.error, model.seen) == ("", [(32, 40), (32, 32)])
 
 
 def test_an_image_that_does_not_fit_is_tiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

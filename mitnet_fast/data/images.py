@@ -3,6 +3,8 @@
 Layout: colour is float32 [3, H, W] in [0, 1], transparency [1, H, W] (0 clear, 1 opaque); an n-bit sample s is
 s / (2ⁿ − 1). Files are decoded by Pillow. Pillow holds colour in 8 bits only: of a 16-bit colour file its unpackers
 give either the upper or the lower byte of each sample, so such a file is decoded once for each.
+
+What Pillow warns of, damage or a size beyond ``PIL.Image.MAX_IMAGE_PIXELS`` for one, is noted with the image.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +60,7 @@ class Pixels:
         rgb: [H, W, 3], uint8 or uint16.
         alpha: [H, W] of the same type, or None.
         icc_profile: the colour profile of RGB files.
-        notes: what the file holds and this does not (further frames, for one).
+        notes: what the file holds and this does not (further frames, for one), and what its decoder warned of.
     """
 
     rgb: np.ndarray
@@ -80,7 +84,7 @@ class ImageFile:
         bits: 8 or 16, per sample in the file.
         path: the file.
         icc_profile: the colour profile of RGB files, to be written with the result.
-        notes: what the file holds and this does not.
+        notes: what the file holds and this does not, and what its decoder warned of.
     """
 
     rgb: torch.Tensor
@@ -98,8 +102,8 @@ def read_image(path: str | PathLike[str]) -> ImageFile:
         path: grey, RGB, palette, CMYK or 1-bit; with or without transparency; 8 or 16 bits.
 
     Raises:
-        ImageError: missing, empty, truncated, no image, of a kind that cannot be read without loss, or with more
-            pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` allows.
+        ImageError: missing, empty, truncated, no image, of a kind that cannot be read without loss, or with more than
+            twice as many pixels as ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     pixels = read_pixels(path)
     return ImageFile(
@@ -128,8 +132,7 @@ def to_float(samples: torch.Tensor) -> torch.Tensor:
 
 def read_pixels(path: str | PathLike[str]) -> Pixels:
     """Decode a file to its integer samples; accepts and raises what `read_image` does."""
-    with open_image(path) as image:
-        notes = []
+    with _warnings.noted() as notes, open_image(path) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             notes.append(f"holds {frames} frames, the first is used")
@@ -145,7 +148,9 @@ def read_pixels(path: str | PathLike[str]) -> Pixels:
             if ";16" in samples:
                 notes.append(f"16-bit {image.mode} is reduced to 8 bits")
             rgb, alpha = _any_8(image, notes)
-    return Pixels(rgb, alpha, profile, tuple(notes))
+    if Image.MAX_IMAGE_PIXELS is not None and rgb.shape[0] * rgb.shape[1] > Image.MAX_IMAGE_PIXELS:
+        notes.append(f"{rgb.shape[1]}×{rgb.shape[0]} pixels are more than most photographs have: is it one?")
+    return Pixels(rgb, alpha, profile, tuple(dict.fromkeys(notes)))
 
 
 def read_size(path: str | PathLike[str]) -> tuple[int, int]:
@@ -174,10 +179,13 @@ def read_size(path: str | PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def open_image(path: str | PathLike[str]) -> Iterator[Image.Image]:
-    """Open an image file with Pillow, its header read; whatever fails inside the block becomes an ImageError."""
+    """Open an image file with Pillow, its header read.
+
+    Whatever fails inside the block becomes an ImageError, and what Pillow warns of is not shown.
+    """
     path = Path(path)
     try:
-        with path.open("rb") as stream:
+        with _warnings.noted(), path.open("rb") as stream:
             if not stream.read(1):
                 raise ImageError(f"{path}: the file is empty")
             stream.seek(0)
@@ -195,6 +203,58 @@ def open_image(path: str | PathLike[str]) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: too large, refused before decoding: {error}") from error
     except Exception as error:  # decoders raise whatever damaged data makes them meet
         raise ImageError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error
+
+
+class _DecoderWarnings:
+    """Keeps what Pillow warns of from the error stream, for the thread that reads the image.
+
+    ``warnings.catch_warnings`` changes the whole process and has to be left in the order in which it was entered, to
+    which threads do not keep: so the first reader enters it and the last one leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._reader = threading.local()
+
+    @contextmanager
+    def noted(self) -> Iterator[list[str]]:
+        """Warnings of this thread inside the block, each in one line; those of size are left to `read_pixels`."""
+        if hasattr(self._reader, "notes"):  # a file opened within the reading of one
+            yield self._reader.notes
+            return
+        self._reader.notes = notes = []
+        self._enter()
+        try:
+            yield notes
+        finally:
+            self._leave()
+            del self._reader.notes
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._readers += 1
+            if self._readers == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                self._show = warnings.showwarning
+                warnings.filterwarnings("always", module=r"PIL\.")
+                warnings.showwarning = self._note
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                self._caught.__exit__(None, None, None)
+
+    def _note(self, message: Warning | str, category: type[Warning], *place: object) -> None:
+        if not hasattr(self._reader, "notes"):
+            self._show(message, category, *place)
+        elif not issubclass(category, Image.DecompressionBombWarning):
+            self._reader.notes.append(" ".join(str(message).split()))
+
+
+_warnings = _DecoderWarnings()
 
 
 def write_image(

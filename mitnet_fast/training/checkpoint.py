@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except Exception as error:  # zipfile raises whatever a damaged directory makes it meet
         size = path.stat().st_size
         raise CheckpointError(f"{path}: cut off or no checkpoint ({size} bytes): {error}") from error
     if damaged is not None:
@@ -145,8 +145,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read safely: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != TRAINING_CHECKPOINT:
         raise CheckpointError(f"{path}: no checkpoint of a training run; weights to start from go in run.weights")
-    if content["version"] != VERSION:
-        raise CheckpointError(f"{path}: of version {content['version']}, this program reads version {VERSION}")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path}: of version {content.get('version')}, this program reads version {VERSION}")
     return content
 
 
