@@ -62,6 +62,14 @@ __global__ void warp_kernel(const int* in, int* out) {
   if (lane < 16) out[224 + lane] = __shfl_xor_sync(0x0000ffff, in[lane], 1);
 }
 
+// A warp reverses 32 numbers through shared memory.
+__global__ void reverse_warp_kernel(const float* in, float* out) {
+  __shared__ float staged[32];
+  staged[threadIdx.x] = in[threadIdx.x];
+  __syncwarp();
+  out[threadIdx.x] = staged[31 - threadIdx.x];
+}
+
 __global__ void count_kernel(const int* in, int n, int* counts, float* total) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int positive = __syncthreads_count(i < n && in[i] > 0);
@@ -195,6 +203,7 @@ EXPORT transpose(const double* in, double* out, int64_t size, int64_t shared) {
   return launch(transpose_kernel, dim3(size / 32, size / 32), dim3(32, 8), shared, in, out, static_cast<int>(size));
 }
 EXPORT warps(const int* in, int* out) { return launch(warp_kernel, 1, 32, 0, in, out); }
+EXPORT reverse_warp(const float* in, float* out) { return launch(reverse_warp_kernel, 1, 32, 0, in, out); }
 EXPORT count(const int* in, int64_t n, int* counts, float* total) {
   return launch(count_kernel, static_cast<unsigned>((n + 95) / 96), 96, 0, in, static_cast<int>(n), counts, total);
 }

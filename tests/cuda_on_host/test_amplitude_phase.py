@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 
 from mitnet_fast import reference
 from mitnet_fast.reference import amplitude_phase as formulas
-from mitnet_fast.specs import allowed_error, relative_error
+from mitnet_fast.specs import AMPLITUDE_PHASE_CONV, Case, allowed_error, relative_error
 from tests.cuda_on_host import HostKernels, KernelFault, Order
 from tests.cuda_on_host.harness import CSRC
 
@@ -142,16 +144,20 @@ def assert_hermitian(spectrum: np.ndarray, width: int) -> None:
     np.testing.assert_array_equal(edges, mirrored * np.array([1, -1], np.float32))
 
 
-def check(call: Call, actual: dict[str, torch.Tensor]) -> None:
+def check(call: Call, actual: dict[str, torch.Tensor]) -> list[float]:
+    """Ratios of the errors to plain PyTorch's, once all are within the rule."""
     truth, absolute = call.formula(torch.float64), call.formula(torch.float64, absolute=True)
     with pytest.MonkeyPatch.context() as patch:
         if call.tf32:
             patch.setattr(formulas, "F", Tf32)
         eager = call.formula(torch.float32)
     assert actual.keys() == truth.keys()
+    ratios = []
     for name, expected in truth.items():
-        allowed = allowed_error(torch.float32, relative_error(eager[name], expected), expected, absolute[name])
-        assert relative_error(actual[name], expected) <= allowed, name
+        error, plain = relative_error(actual[name], expected), relative_error(eager[name], expected)
+        assert error <= allowed_error(torch.float32, plain, expected, absolute[name]), (call.sizes, name)
+        ratios += [error / plain] if plain else []
+    return ratios
 
 
 @MODES
@@ -186,6 +192,42 @@ def test_every_order_of_threads_gives_the_same_bits(
     check(call, first)
     for name, value in call.run(plain, order).items():
         assert torch.equal(value, first[name]), name
+
+
+def work(chosen: Case) -> int:
+    """About what the emulation of ``chosen`` costs: products at all bins."""
+    sizes = chosen.sizes
+    bins = sizes["batch"] * sizes["height"] * (sizes["width"] // 2 + 1)
+    return bins * sizes["channels"] * (2 * sizes["hidden"] + sizes["out"])
+
+
+def sweep(kernels: HostKernels, cases: int, most_work: int) -> None:
+    """Random sizes by spectra, and by transforms of their own where the kernels have them, in random orders."""
+    chosen = (AMPLITUDE_PHASE_CONV.random_case(seed, [torch.float32]) for seed in itertools.count())
+    ratios, with_transforms = [], 0
+    for one in itertools.islice((one for one in chosen if 0 < work(one) <= most_work), cases):
+        sizes = [one.sizes[name] for name in ("batch", "channels", "hidden", "out", "height", "width")]
+        options = {"phase": one.options["mode"] == "phase", "slope": one.options["negative_slope"]}
+        call = Call(*sizes, **options)
+        ratios += check(call, call.run(kernels, Order.RANDOM))
+        has_images = np.array([-1])
+        kernels("has_images", call.c_sizes, has_images)
+        if has_images[0]:
+            call = Call(*sizes, **options, images=True)
+            call.seen = image_spectrum(kernels, call)
+            ratios += check(call, call.run(kernels, Order.RANDOM))
+            with_transforms += 1
+    assert statistics.median(ratios) <= 1.5
+    assert with_transforms >= cases // 50
+
+
+def test_random_cases_equal_the_truth(plain: HostKernels) -> None:
+    sweep(plain, 12, 20_000)
+
+
+@pytest.mark.exhaustive
+def test_many_random_cases_equal_the_truth(plain: HostKernels) -> None:
+    sweep(plain, 150, 200_000)
 
 
 def test_many_channels_take_fewer_bins(plain: HostKernels) -> None:

@@ -135,7 +135,6 @@ def test_half_types_convert_as_pytorch_does(plain: HostKernels, dtype: str) -> N
 BARRIER = ("  staged[threadIdx.x] = in[i];\n  __syncthreads();", "  staged[threadIdx.x] = in[i];")
 SECOND_BARRIER = ("2 * rows[row % 2][threadIdx.x];\n    __syncthreads();", "2 * rows[row % 2][threadIdx.x];")
 WAIT = ("    mitnet_fast::wait_for_copies<1>();\n", "")
-SYNCWARP = ("  __syncwarp();\n", "")
 
 
 def wrong_orders(change: tuple[str, str], call) -> list[Order]:
@@ -169,15 +168,17 @@ def test_a_missing_second_barrier_shows() -> None:
 
 
 def test_a_missing_warp_barrier_shows() -> None:
-    a, b = (torch.randn(n, 16).bfloat16() for n in (16, 8))
+    values = rng.standard_normal(32).astype(np.float32)
 
     def call(kernels: HostKernels, order: Order) -> bool:
-        d = nan(16, 8)
-        kernels("mma_bfloat16", a.view(torch.int16).numpy(), b.view(torch.int16).numpy(), d, order=order)
-        return np.allclose(d, (a.double() @ b.double().T).numpy(), rtol=1e-6, atol=1e-6)
+        out = nan(32)
+        kernels("reverse_warp", values, out, order=order)
+        return np.array_equal(out, values[::-1])
 
-    # ldmatrix waits for the whole warp as well, so that this one cannot be seen
-    assert wrong_orders(SYNCWARP, call) == []
+    barrier = "  staged[threadIdx.x] = in[threadIdx.x];\n"
+    with HostKernels(DEMOS) as kernels:
+        assert all(call(kernels, order) for order in Order)
+    assert wrong_orders((f"{barrier}  __syncwarp();\n", barrier), call) == list(Order)
 
 
 def test_uninitialised_accumulator_shows() -> None:
