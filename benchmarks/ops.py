@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._pytree import tree_leaves
 
 from mitnet_fast.ops._backends import BACKENDS, FAMILIES, why_not
 from mitnet_fast.reference.window_attention import padding, table_rows
@@ -116,11 +117,11 @@ def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> di
 
 def step(function: Callable[..., torch.Tensor], tensors, gradient, backward: bool) -> list[torch.Tensor]:
     """One forward, or forward and backward; returns what the caller keeps."""
-    y = function(**tensors)
+    results = tree_leaves(function(**tensors))
     if not backward:
-        return [y]
+        return results
     leaves = [tensor for tensor in tensors.values() if tensor is not None]
-    return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
+    return [*(result.detach() for result in results), *torch.autograd.grad(results, leaves, tree_leaves(gradient))]
 
 
 def check(
@@ -133,7 +134,7 @@ def check(
     sides = {side: min(case.sizes[side], CHECKED_SIDE) for side in ("height", "width")}
     case = replace(case, sizes=case.sizes | sides)
     tensors = {name: t if t is None else t.requires_grad_() for name, t in spec.inputs(case, device).items()}
-    gradient = spec.gradient(case, torch.empty(spec.output_shape(case), dtype=case.dtype, device=device))
+    gradient = spec.gradient(case, spec.uninitialized(case, device))
     expected: dict[str, tuple[Mapping[str, torch.Tensor], ...]] = {}
     for name, function in functions.items():
         if name == "eager":
@@ -246,7 +247,7 @@ def memory(operator: str, case: Case, name: str, device: str) -> float:
     def prepare(of: Case):
         tensors = {n: t if t is None else t.requires_grad_() for n, t in spec.inputs(of, device).items()}
         with torch.no_grad():
-            gradient = spec.gradient(of, torch.empty(spec.output_shape(of), dtype=of.dtype, device=device))
+            gradient = spec.gradient(of, spec.uninitialized(of, device))
         function = implementations(spec, of, device, False)[name]
         return lambda: step(function, tensors, gradient, backward=True)
 

@@ -99,6 +99,16 @@ def amplitude_phase_conv_backward(tensors: Sequence[torch.Tensor]) -> float:
     return sum(map(size_of, tensors)) + 8 * spectrum_of(x) + 4 * spectrum_of(grad)
 
 
+def normalized_qkv(tensors: Sequence[torch.Tensor]) -> float:
+    """x once for the statistics, once for the products."""
+    return sum(map(size_of, tensors)) + size_of(tensors[0])
+
+
+def normalized_qkv_backward(tensors: Sequence[torch.Tensor]) -> float:
+    """x for the statistics, for the sums and for its gradient, which lies half done between the last two."""
+    return sum(map(size_of, tensors)) + 4 * size_of(tensors[4])
+
+
 def dense_block(tensors: Sequence[torch.Tensor]) -> float:
     """Layers read all channels before them and write their own; the fusion reads all."""
     x, bias = tensors[0], tensors[2]
@@ -116,6 +126,8 @@ def dense_block_backward(tensors: Sequence[torch.Tensor]) -> float:
 PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
     "amplitude_phase_conv": amplitude_phase_conv,
     "amplitude_phase_conv_backward": amplitude_phase_conv_backward,
+    "normalized_qkv": normalized_qkv,
+    "normalized_qkv_backward": normalized_qkv_backward,
     "dense_block": dense_block,
     "dense_block_backward": dense_block_backward,
 }

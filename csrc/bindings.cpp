@@ -835,6 +835,67 @@ Gradients local_global_mixing_backward(const at::Tensor& grad, const at::Tensor&
   return grads.behind({std::nullopt, if_defined(grad_value), if_defined(grad_attended)});
 }
 
+FeatureMixingShape checked_qkv(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
+  const auto shape = checked_features(x, 0);
+  const int64_t c = shape.channels;
+  check_like("norm_weight", weights[0], {c}, x);
+  check_like("norm_bias", weights[1], {c}, x);
+  check_like("value_weight", weights[2], {c, c}, x);
+  check_like("value_bias", weights[3], {c}, x);
+  check_like("query_key_weight", weights[4], {2 * c, c}, x);
+  check_like("query_key_bias", weights[5], {2 * c}, x);
+  return shape;
+}
+
+NormalizedQkvWeights qkv_weights(const DenseTensors& dense) {
+  return {dense.data(0), dense.data(1), dense.data(2), dense.data(3), dense.data(4), dense.data(5)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> normalized_qkv_forward(
+    const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& value_weight,
+    const at::Tensor& value_bias, const at::Tensor& query_key_weight, const at::Tensor& query_key_bias) {
+  const std::vector<at::Tensor> weights{norm_weight, norm_bias,        value_weight,
+                                        value_bias,  query_key_weight, query_key_bias};
+  const auto shape = checked_qkv(x, weights);
+  const DenseTensors dense(weights);
+  const at::Tensor value = empty_for(x);
+  const at::Tensor query_key = empty_for(x, {shape.batch, 2 * shape.channels, shape.height, shape.width});
+  const at::Tensor mean = at::empty({shape.batch}, x.options()), deviation = at::empty_like(mean);
+  const NormalizedQkvForward call{shape,
+                                  view(x),
+                                  qkv_weights(dense),
+                                  mutable_view(value),
+                                  mutable_view(query_key),
+                                  mean.mutable_data_ptr(),
+                                  deviation.mutable_data_ptr()};
+  launch_on_cpu(normalized_qkv_cpu_kernels().forward, call);
+  return {value, query_key, mean, deviation};
+}
+
+Gradients normalized_qkv_backward(const at::Tensor& grad_value, const at::Tensor& grad_query_key,
+                                  const at::Tensor& grad_mean, const at::Tensor& grad_deviation, const at::Tensor& x,
+                                  const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                  const at::Tensor& value_weight, const at::Tensor& value_bias,
+                                  const at::Tensor& query_key_weight, const at::Tensor& query_key_bias,
+                                  const std::vector<bool>& needs) {
+  const std::vector<at::Tensor> weights{norm_weight, norm_bias,        value_weight,
+                                        value_bias,  query_key_weight, query_key_bias};
+  const auto shape = checked_qkv(x, weights);
+  check_like("grad_value", grad_value, x.sizes(), x);
+  check_like("grad_query_key", grad_query_key, {shape.batch, 2 * shape.channels, shape.height, shape.width}, x);
+  check_like("grad_mean", grad_mean, {shape.batch}, x);
+  check_like("grad_deviation", grad_deviation, {shape.batch}, x);
+  const DenseTensors dense(weights), of_samples({grad_mean, grad_deviation});
+  const WeightGradients grads(weights, needs, 1);
+  const at::Tensor grad_x = empty_for(x, needs[0]);
+  const NormalizedQkvBackward call{
+      shape,         view(grad_value),   view(grad_query_key), of_samples.data(0), of_samples.data(1),
+      view(x),       qkv_weights(dense), mutable_view(grad_x), grads.data(0),      grads.data(1),
+      grads.data(2), grads.data(3),      grads.data(4),        grads.data(5)};
+  launch_on_cpu(normalized_qkv_cpu_kernels().backward, call);
+  return grads.behind({if_defined(grad_x)});
+}
+
 DenseBlockShape checked_dense(const at::Tensor& x, const at::Tensor& dense_weight, const at::Tensor& dense_bias,
                               const at::Tensor& fuse_weight, const at::Tensor& fuse_bias) {
   const auto shape = checked_features(x, 0);
@@ -937,6 +998,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("local_global_mixing_backward", kernel(&local_global_mixing_backward), py::arg("grad"), py::arg("x"),
              py::arg("value"), py::arg("attended"), py::arg("local_weight"), py::arg("local_bias"),
              py::arg("proj_weight"), py::arg("proj_bias"), py::arg("rescale"), py::arg("rebias"), py::arg("needs"));
+  module.def("normalized_qkv_forward", kernel(&normalized_qkv_forward), py::arg("x"), py::arg("norm_weight"),
+             py::arg("norm_bias"), py::arg("value_weight"), py::arg("value_bias"), py::arg("query_key_weight"),
+             py::arg("query_key_bias"));
+  module.def("normalized_qkv_backward", kernel(&normalized_qkv_backward), py::arg("grad_value"),
+             py::arg("grad_query_key"), py::arg("grad_mean"), py::arg("grad_deviation"), py::arg("x"),
+             py::arg("norm_weight"), py::arg("norm_bias"), py::arg("value_weight"), py::arg("value_bias"),
+             py::arg("query_key_weight"), py::arg("query_key_bias"), py::arg("needs"));
   module.def("dense_block_forward", kernel(&dense_block_forward), py::arg("x"), py::arg("dense_weight"),
              py::arg("dense_bias"), py::arg("fuse_weight"), py::arg("fuse_bias"));
   module.def("dense_block_backward", kernel(&dense_block_backward), py::arg("grad"), py::arg("x"),

@@ -35,6 +35,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import ops, reference
 from .ops._amplitude_phase import KERNELS as AMPLITUDE_PHASE_KERNELS
@@ -46,6 +47,8 @@ from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_
 from .reference.feature_mixing import dense_layers
 from .reference.window_attention import padding
 
+# what an operator returns: a map, or several tensors
+Results = torch.Tensor | tuple[torch.Tensor, ...]
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
 FLOAT64_LIMIT = 1e-12
 
@@ -83,7 +86,7 @@ class OpSpec:
         shapes: case to shapes of the tensor arguments, in their order; None for an absent one.
         maps: names of the arguments that are maps, and so get the case's layout; the first is the
             one that tests differentiate twice, transform and batch.
-        output_shape: case to the shape of the result.
+        output_shape: case to the shape of the result, or to those of all results.
         cases: the fixed cases, from tiny to large, in float32 and contiguous.
         typical: one of middling size, two samples and every tensor present.
         random_sizes: draws sizes and options for the seeded sweep.
@@ -92,6 +95,7 @@ class OpSpec:
         flops: case to the floating-point operations of forward and backward.
         casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
             float32 and returns the dtype of its map.
+        results: names of what is returned.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
             ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
@@ -101,7 +105,7 @@ class OpSpec:
     family: str
     shapes: Callable[[Case], dict[str, tuple[int, ...] | None]]
     maps: tuple[str, ...]
-    output_shape: Callable[[Case], tuple[int, ...]]
+    output_shape: Callable[[Case], tuple[int, ...] | tuple[tuple[int, ...], ...]]
     cases: Sequence[Case]
     typical: Case
     random_sizes: Callable[[Random], tuple[dict[str, int], dict[str, object]]]
@@ -109,6 +113,7 @@ class OpSpec:
     bytes_at_least: Callable[[Case], tuple[int, int]]
     flops: Callable[[Case], tuple[int, int]]
     casts_like_convolution: bool = True
+    results: tuple[str, ...] = ("y",)
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
@@ -123,12 +128,19 @@ class OpSpec:
             tensors[name] = _laid_out(shape, layout, generator, case.dtype).to(device)
         return tensors
 
-    def gradient(self, case: Case, like: torch.Tensor) -> torch.Tensor:
-        """An incoming gradient for a result ``like``, in the case's layout."""
-        generator = torch.Generator().manual_seed(case.seed * 1_000_003 + 17)
-        return _laid_out(tuple(like.shape), case.layout, generator, like.dtype).to(like.device)
+    def uninitialized(self, case: Case, device: torch.device | str = "cpu") -> Results:
+        """What the operator returns, in shape, dtype and device."""
+        shapes = self.output_shape(case)
+        if len(self.results) == 1:
+            return torch.empty(shapes, dtype=case.dtype, device=device)
+        return tuple(torch.empty(shape, dtype=case.dtype, device=device) for shape in shapes)
 
-    def run(self, case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> torch.Tensor:
+    def gradient(self, case: Case, like: Results) -> Results:
+        """An incoming gradient for results ``like``, maps in the case's layout."""
+        generator = torch.Generator().manual_seed(case.seed * 1_000_003 + 17)
+        return tree_map(lambda t: _laid_out(tuple(t.shape), case.layout, generator, t.dtype).to(t.device), like)
+
+    def run(self, case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Results:
         """Call the public function."""
         return getattr(ops, self.name)(**tensors, **case.options, backend=backend)
 
@@ -199,12 +211,12 @@ def outputs_and_gradients(
     spec: OpSpec,
     case: Case,
     tensors: Mapping[str, torch.Tensor | None],
-    gradient: torch.Tensor,
+    gradient: Results,
     backend: str | None,
     needs: Mapping[str, bool] | None = None,
-    formula: Callable[..., torch.Tensor] | None = None,
+    formula: Callable[..., Results] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Result ``y`` and the gradients ``grad_<argument>`` of one call, for the arguments that ``needs`` names.
+    """Results by name and the gradients ``grad_<argument>`` of one call, for the arguments that ``needs`` names.
 
     A ``formula`` of the tensor arguments is called in place of the operator.
     """
@@ -213,10 +225,11 @@ def outputs_and_gradients(
         name: None if tensor is None else tensor.detach().requires_grad_(needs.get(name, True))
         for name, tensor in tensors.items()
     }
-    y = formula(**leaves) if formula else spec.run(case, leaves, backend)
-    results = {"y": y.detach()}
-    if y.requires_grad:
-        y.backward(gradient)
+    returned = tree_leaves(formula(**leaves) if formula else spec.run(case, leaves, backend))
+    results = {name: tensor.detach() for name, tensor in zip(spec.results, returned, strict=True)}
+    pairs = [pair for pair in zip(returned, tree_leaves(gradient), strict=True) if pair[0].requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
     for name, leaf in leaves.items():
         if leaf is not None and leaf.requires_grad:
             results[f"grad_{name}"] = leaf.grad
@@ -229,16 +242,17 @@ def expectations(
     spec: OpSpec,
     case: Case,
     tensors: Mapping[str, torch.Tensor | None],
-    gradient: torch.Tensor,
+    gradient: Results,
     backend: str | None,
     needs: Mapping[str, bool] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What the results of ``backend`` are held to, computed on the CPU: truth, operation on absolute values, eager."""
     formula = spec.as_seen(case, tensors, backend) if spec.as_seen else None
 
-    def plain(change: Callable[[torch.Tensor], torch.Tensor], formula: Callable[..., torch.Tensor] | None = formula):
+    def plain(change: Callable[[torch.Tensor], torch.Tensor], formula: Callable[..., Results] | None = formula):
         host = {name: None if t is None else change(t.detach().cpu()) for name, t in tensors.items()}
-        return outputs_and_gradients(spec, case, host, change(gradient.cpu()), "reference", needs, formula)
+        changed = tree_map(lambda t: change(t.cpu()), gradient)
+        return outputs_and_gradients(spec, case, host, changed, "reference", needs, formula)
 
     truth, absolute = plain(lambda t: t.double()), plain(lambda t: t.double().abs(), None)
     if formula and case.dtype != torch.float64:
@@ -266,8 +280,7 @@ def compare(
         twice: run it twice, and compare the bits too.
     """
     tensors = spec.inputs(case, device)
-    y_like = torch.empty(spec.output_shape(case), dtype=case.dtype, device=device)
-    gradient = spec.gradient(case, y_like)
+    gradient = spec.gradient(case, spec.uninitialized(case, device))
     truth, absolute, eager = expectations(spec, case, tensors, gradient, backend, needs)
     actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
     again = outputs_and_gradients(spec, case, tensors, gradient, backend, needs) if twice else actual
@@ -707,6 +720,22 @@ def _mlp_as_seen(
     return formula
 
 
+def _qkv_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    c = case.sizes["channels"]
+    weights = {"norm_weight": (c,), "norm_bias": (c,), "value_weight": (c, c), "value_bias": (c,)}
+    return {"x": _mixing_map(case)} | weights | {"query_key_weight": (2 * c, c), "query_key_bias": (2 * c,)}
+
+
+def _qkv_output_shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+    b, c, h, w = _mixing_map(case)
+    return (b, c, h, w), (b, 2 * c, h, w), (b,), (b,)
+
+
+def _qkv_flops(case: Case) -> tuple[int, int]:
+    products = 6 * _pixels(case) * case.sizes["channels"] ** 2
+    return products, 2 * products  # backward: two factors
+
+
 def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     c, growth = case.sizes["channels"], case.sizes["growth"]
     weights = {"dense_weight": (45 * growth * (c + 2 * growth),), "dense_bias": (5 * growth,)}
@@ -815,6 +844,29 @@ LOCAL_GLOBAL_MIXING = OpSpec(
     flops=partial(_mixing_flops, products=1),
 )
 
+NORMALIZED_QKV = OpSpec(
+    name="normalized_qkv",
+    family="feature_mixing",
+    shapes=_qkv_shapes,
+    maps=("x",),
+    output_shape=_qkv_output_shapes,
+    cases=(
+        _mixed(1, 1, 1, 3),
+        _mixed(2, 3, 4, 5),
+        _mixed(0, 3, 4, 4),
+        _mixed(2, 24, 33, 67),
+        _mixed(1, 48, 40, 19),
+        _mixed(2, 96, 8, 8),
+        _mixed(1, 20, 3, 70),
+    ),
+    typical=_mixed(2, 5, 6, 9),
+    random_sizes=_random_mixing,
+    benchmark_cases=_MIXING_BENCHMARKS,
+    bytes_at_least=partial(_mixing_bytes, forward=4, backward=5),
+    flops=_qkv_flops,
+    results=("value", "query_key", "mean", "deviation"),
+)
+
 DENSE_BLOCK = OpSpec(
     name="dense_block",
     family="feature_mixing",
@@ -845,5 +897,6 @@ SPECS = (
     POINTWISE_MLP,
     LOCAL_MIXING,
     LOCAL_GLOBAL_MIXING,
+    NORMALIZED_QKV,
     DENSE_BLOCK,
 )

@@ -1,4 +1,4 @@
-// Calls of feature mixing: the residual parts of a LEGM block and the dilated dense block of the depth network.
+// Calls of feature mixing: the parts of a LEGM block and the dilated dense block of the depth network.
 //
 //   pointwise MLP   y = x + weight2 · ReLU(weight1 · x + bias1) + bias2
 //   local mixing    y = x + rescale · (proj · (depthwise5×5(value) + attended) + proj_bias) + rebias
@@ -6,6 +6,9 @@
 // The depthwise convolution continues its map by reflection. Local mixing comes without attention, with
 // value = value_weight · x + value_bias computed here, no attended map, rescale 1 and rebias 0, or with
 // attention and all of them given.
+//
+//   normalized QKV  n = norm_weight ⊙ (x − μ)/σ + norm_bias, μ and σ = √(variance + norm_eps) of each sample
+//                   value = value_weight · n + value_bias,  query_key = query_key_weight · n + query_key_bias
 //
 //   dense block     f_0 = x,  f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))],  k = 1 … 5
 //                   y = ReLU(fuse_weight · f_5 + fuse_bias) + x
@@ -93,6 +96,45 @@ struct LocalMixingBackward {
   void* grad_proj_bias;
   void* grad_rescale;
   void* grad_rebias;
+};
+
+constexpr double norm_eps = 1e-5;
+
+struct NormalizedQkvWeights {
+  const void* norm_weight;       // [C]
+  const void* norm_bias;         // [C]
+  const void* value_weight;      // [C, C]
+  const void* value_bias;        // [C]
+  const void* query_key_weight;  // [2C, C]
+  const void* query_key_bias;    // [2C]
+};
+
+struct NormalizedQkvForward {
+  FeatureMixingShape shape;
+  ConstMapView x;
+  NormalizedQkvWeights weights;
+  MapView value;
+  MapView query_key;  // 2C channels
+  void* mean;         // [B]
+  void* deviation;    // [B]
+};
+
+// A gradient whose data is null is not computed.
+struct NormalizedQkvBackward {
+  FeatureMixingShape shape;
+  ConstMapView grad_value;
+  ConstMapView grad_query_key;
+  const void* grad_mean;
+  const void* grad_deviation;
+  ConstMapView x;
+  NormalizedQkvWeights weights;
+  MapView grad_x;
+  void* grad_norm_weight;
+  void* grad_norm_bias;
+  void* grad_value_weight;
+  void* grad_value_bias;
+  void* grad_query_key_weight;
+  void* grad_query_key_bias;
 };
 
 constexpr int dense_layers = 5;

@@ -6,15 +6,18 @@ namespace mitnet_fast {
 
 namespace DEFAULT {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
+extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
 }  // namespace DEFAULT
 #if defined(__x86_64__)
 namespace AVX2 {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
+extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
 }  // namespace AVX2
 namespace AVX512 {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
+extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
 }  // namespace AVX512
 #endif
@@ -29,6 +32,19 @@ const FeatureMixingCpuKernels& feature_mixing_cpu_kernels() {
 #endif
     default:
       return DEFAULT::feature_mixing_kernels;
+  }
+}
+
+const NormalizedQkvCpuKernels& normalized_qkv_cpu_kernels() {
+  switch (cpu_capability()) {
+#if defined(__x86_64__)
+    case CpuCapability::avx512:
+      return AVX512::normalized_qkv_kernels;
+    case CpuCapability::avx2:
+      return AVX2::normalized_qkv_kernels;
+#endif
+    default:
+      return DEFAULT::normalized_qkv_kernels;
   }
 }
 

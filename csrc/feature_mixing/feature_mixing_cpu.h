@@ -13,6 +13,11 @@ struct FeatureMixingCpuKernels {
   CpuKernel<LocalMixingBackward> local_backward;
 };
 
+struct NormalizedQkvCpuKernels {
+  CpuKernel<NormalizedQkvForward> forward;
+  CpuKernel<NormalizedQkvBackward> backward;
+};
+
 struct DenseBlockCpuKernels {
   CpuKernel<DenseBlockForward> forward;
   CpuKernel<DenseBlockBackward> backward;
@@ -20,6 +25,7 @@ struct DenseBlockCpuKernels {
 
 // Those for cpu_capability(), for all data types but float16.
 const FeatureMixingCpuKernels& feature_mixing_cpu_kernels();
+const NormalizedQkvCpuKernels& normalized_qkv_cpu_kernels();
 const DenseBlockCpuKernels& dense_block_cpu_kernels();
 
 }  // namespace mitnet_fast

@@ -6,14 +6,14 @@ A LEGM is a stack of blocks on maps [B, C, H, W]; its last blocks have attention
     without            x ← x + mix(x)
     then               x ← x + mlp(x)
 
-    V, QK = conv1×1(x)
+    V, QK = conv1×1(x)                                             of norm(x), with attention
     mix(x) = proj(depthwise5×5(V) + window_attention(QK, V))       without attention only the local part
 
-Without attention, x + mix(x) is one fused operator, and so is x + mlp(x); with it, everything behind
-the attention is. The norm is per sample over C, H and W, and hands what it removed to the end of the
-residual branch: rescale and rebias are affine in σ and μ, one pair of weights per channel. The bias of
-the attention scores comes from a small network of the query's offset from the key; it runs on the
-(2w−1)² offsets that exist, not on all w²×w² pairs.
+Without attention, x + mix(x) is one fused operator, and so is x + mlp(x); with it, everything before
+the attention is one, and everything behind it. The norm is per sample over C, H and W, and hands what
+it removed to the end of the residual branch: rescale and rebias are affine in σ and μ, one pair of
+weights per channel. The bias of the attention scores comes from a small network of the query's offset
+from the key; it runs on the (2w−1)² offsets that exist, not on all w²×w² pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import local_global_mixing, local_mixing, pointwise_mlp, window_attention
+from ..ops import local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp, window_attention
 from ._checks import check_counts, check_map
 
 
@@ -64,7 +64,8 @@ def matrix(convolution: nn.Conv2d) -> torch.Tensor:
 class RescaleNorm(nn.Module):
     """Layer norm over C, H and W of each sample that also predicts how to undo itself.
 
-    n = (x − μ)/σ·weight + bias, rescale = conv1×1(σ), rebias = conv1×1(μ).
+    n = (x − μ)/σ·weight + bias, rescale = conv1×1(σ), rebias = conv1×1(μ). The 1×1 convolutions that follow
+    the norm are computed with it, so that n is not stored.
 
     Args:
         channels: C.
@@ -74,8 +75,6 @@ class RescaleNorm(nn.Module):
 
     Source: DehazeFormer (arXiv 2204.03883), RescaleNorm; DCMPNet (arXiv 2403.01105).
     """
-
-    eps = 1e-5
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -89,22 +88,30 @@ class RescaleNorm(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.constant_(layer.bias, bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalise.
+    def forward(
+        self, x: torch.Tensor, value: nn.Conv2d, query_key: nn.Conv2d
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and project.
 
         Args:
             x: [B, channels, H, W].
+            value: 1×1 convolution to ``channels`` channels.
+            query_key: 1×1 convolution to twice as many.
 
         Returns:
-            The normalised map [B, channels, H, W]; rescale and rebias, [B, channels, 1, 1].
+            value(n) [B, channels, H, W] and query_key(n) [B, 2·channels, H, W]; rescale and rebias, [B, channels].
 
         Raises:
             ValueError: the channels do not fit.
         """
         check_map("x", x, self.channels)
-        variance, mean = torch.var_mean(x, (1, 2, 3), correction=0, keepdim=True)
-        normalised = F.group_norm(x, 1, self.weight.view(-1), self.bias.view(-1), self.eps)
-        return normalised, self.rescale((variance + self.eps).sqrt()), self.rebias(mean)
+        projections = matrix(value), value.bias, matrix(query_key), query_key.bias
+        *maps, mean, deviation = normalized_qkv(x, self.weight.view(-1), self.bias.view(-1), *projections)
+        rescale, rebias = (
+            F.linear(number[:, None], layer.weight.flatten(1), layer.bias)
+            for layer, number in ((self.rescale, deviation), (self.rebias, mean))
+        )
+        return *maps, rescale, rebias
 
 
 class RelativePositionBias(nn.Module):
@@ -166,20 +173,12 @@ class LocalGlobalMixing(nn.Module):
             self.query_key = nn.Conv2d(channels, 2 * channels, 1)
             self.position_bias = RelativePositionBias(heads, window_size)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        normalised: torch.Tensor | None = None,
-        rescale: torch.Tensor | None = None,
-        rebias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: RescaleNorm | None = None) -> torch.Tensor:
         """Mix.
 
         Args:
             x: [B, channels, H, W].
-            normalised: with attention, what is mixed, as :class:`RescaleNorm` returns it of x; else None, x is.
-            rescale: with attention, [B, channels, 1, 1], of what is added to x; else None.
-            rebias: with attention, [B, channels, 1, 1], added too; else None.
+            norm: with attention, of what is mixed; else None, and x itself is.
 
         Returns:
             The same shape.
@@ -191,16 +190,16 @@ class LocalGlobalMixing(nn.Module):
         weights = self.local.weight.flatten(0, 1), self.local.bias, matrix(self.proj), self.proj.bias
         if not self.heads:
             return local_mixing(x, matrix(self.value), self.value.bias, *weights)
-        value = self.value(normalised)
+        value, query_key, rescale, rebias = norm(x, self.value, self.query_key)
         attended = window_attention(
-            self.query_key(normalised),
+            query_key,
             value,
             self.position_bias(),
             num_heads=self.heads,
             window_size=self.window_size,
             shift=self.shift,
         )
-        return local_global_mixing(x, value, attended, *weights, rescale.flatten(1), rebias.flatten(1))
+        return local_global_mixing(x, value, attended, *weights, rescale, rebias)
 
 
 class LEGMBlock(nn.Module):
@@ -248,7 +247,7 @@ class LEGMBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, channels, H, W] → the same shape."""
-        x = self.mix(x) if self.norm is None else self.mix(x, *self.norm(x))
+        x = self.mix(x, self.norm)
         expand, _, reduce = self.mlp
         return pointwise_mlp(x, matrix(expand), expand.bias, matrix(reduce), reduce.bias)
 

@@ -1,10 +1,12 @@
-"""Public feature mixing, the residual parts of a LEGM block and the dense block: arguments checked, backend chosen.
+"""Public feature mixing, the parts of a LEGM block and the dense block: arguments checked, backend chosen.
 
 The compiled backend runs behind ``mitnet_fast::pointwise_mlp``, ``local_mixing``, ``local_global_mixing``,
-``dense_block`` and their backward operators; the reference is plain PyTorch and needs none.
+``normalized_qkv``, ``dense_block`` and their backward operators; the reference is plain PyTorch and needs none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -166,6 +168,67 @@ def local_global_mixing(
     return _mix("local_global_mixing", arguments, backend)
 
 
+def normalized_qkv(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    query_key_weight: torch.Tensor,
+    query_key_bias: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalise each sample over channels and pixels, then project every pixel to value, query and key.
+
+    ``n = γ·(x − μ)/σ + β`` with the mean μ and the deviation σ = √(variance + 1e-5) of each sample.
+
+    Args:
+        x: [B, C, H, W].
+        norm_weight: [C], γ, dtype of ``x``.
+        norm_bias: [C], β.
+        value_weight: [C, C] of the 1×1 convolution to values.
+        value_bias: [C].
+        query_key_weight: [2C, C] of the 1×1 convolution to queries and keys.
+        query_key_bias: [2C].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        value [B, C, H, W], query and key [B, 2C, H, W], μ [B] and σ [B], in the dtype of the inputs (under
+        autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: DCMPNet (arXiv 2403.01105), local feature-embedded global extraction; DehazeFormer (arXiv 2204.03883).
+    """
+    check_tensor("x", x, "[B, C, H, W]")
+    check_image_size("x", x)
+    channels = x.shape[1]
+    arguments = {
+        "x": x,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "value_weight": value_weight,
+        "value_bias": value_bias,
+        "query_key_weight": query_key_weight,
+        "query_key_bias": query_key_bias,
+    }
+    shapes = {
+        "norm_weight": (channels,),
+        "norm_bias": (channels,),
+        "value_weight": (channels, channels),
+        "value_bias": (channels,),
+        "query_key_weight": (2 * channels, channels),
+        "query_key_bias": (2 * channels,),
+    }
+    meanings = {"norm_weight": "[C]", "norm_bias": "[C]", "value_weight": "[C, C]", "value_bias": "[C]"}
+    meanings |= {"query_key_weight": "[2C, C]", "query_key_bias": "[2C]"}
+    return _call("normalized_qkv", arguments, shapes, meanings, backend)
+
+
 def dense_block(
     x: torch.Tensor,
     dense_weight: torch.Tensor,
@@ -253,7 +316,7 @@ def _call(
     shapes: dict[str, tuple[int, ...]],
     meanings: dict[str, str],
     backend: str | None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Check the arguments against their shapes, cast them, choose the backend and run."""
     check_backend(backend)
     for argument, shape in shapes.items():
@@ -269,10 +332,17 @@ def _call(
     return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)
 
 
-def _register(name: str, tensors: tuple[str, ...], *, only_added: str | None = None) -> None:
+def _register(
+    name: str,
+    tensors: tuple[str, ...],
+    *,
+    only_added: str | None = None,
+    results: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+) -> None:
     """Register an operator of these tensors and its backward.
 
-    The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out.
+    The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The result
+    is like the first tensor, or several are, by name, what ``results`` makes of it.
     """
     count = len(tensors)
 
@@ -280,33 +350,42 @@ def _register(name: str, tensors: tuple[str, ...], *, only_added: str | None = N
         *values, _ = arguments
         return getattr(EXTENSION, f"{name}_forward")(*values)
 
-    def backward(grad, *arguments):
+    def fake(first, *_):
+        return tuple(make(first) for make in results.values()) if results else empty_for(first)
+
+    def backward(*arguments):
         *values, needs, _ = arguments
-        grads = getattr(EXTENSION, f"{name}_backward")(grad, *values, needs)
+        grads = getattr(EXTENSION, f"{name}_backward")(*values, needs)
         return tuple(or_empty(gradient, values[0]) for gradient in grads)
 
     def setup(ctx, inputs, output):
         *values, ctx.backend = inputs
         ctx.save_for_backward(*values)
 
-    def gradients(ctx, grad):
+    def gradients(ctx, *incoming):
         needs = ctx.needs_input_grad[:count]
         computed = [needed and tensor != only_added for tensor, needed in zip(tensors, needs, strict=True)]
-        grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(grad, *ctx.saved_tensors, computed, ctx.backend)
+        grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(*incoming, *ctx.saved_tensors, computed, ctx.backend)
         wanted = (
-            None if not needed else grad if tensor == only_added else gradient
+            None if not needed else incoming[0] if tensor == only_added else gradient
             for tensor, gradient, needed in zip(tensors, grads, needs, strict=True)
         )
         return *wanted, None
 
+    def fake_gradients(*arguments):
+        *values, needs, _ = arguments
+        return tuple(empty_for(tensor, needed) for tensor, needed in zip(values[-count:], needs, strict=True))
+
+    def several(number):
+        return f"({', '.join(['Tensor'] * number)})"
+
     declared = ", ".join(f"Tensor {tensor}" for tensor in tensors)
-    define(f"{name}({declared}, str backend) -> Tensor", forward, lambda *arguments: empty_for(arguments[0]))
+    grads = ", ".join(f"Tensor grad_{result}" for result in results) if results else "Tensor grad"
+    define(f"{name}({declared}, str backend) -> {several(len(results)) if results else 'Tensor'}", forward, fake)
     define(
-        f"{name}_backward(Tensor grad, {declared}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * count)})",
+        f"{name}_backward({grads}, {declared}, bool[] needs, str backend) -> {several(count)}",
         backward,
-        lambda grad, *arguments: tuple(
-            empty_for(tensor, needed) for tensor, needed in zip(arguments[:count], arguments[count], strict=True)
-        ),
+        fake_gradients,
     )
     differentiate(name, setup, gradients)
 
@@ -315,4 +394,17 @@ _register("pointwise_mlp", ("x", "weight1", "bias1", "weight2", "bias2"))
 _WEIGHTS = ("local_weight", "local_bias", "proj_weight", "proj_bias")
 _register("local_mixing", ("x", "value_weight", "value_bias", *_WEIGHTS))
 _register("local_global_mixing", ("x", "value", "attended", *_WEIGHTS, "rescale", "rebias"), only_added="x")
+_register(
+    "normalized_qkv",
+    (
+        *("x", "norm_weight", "norm_bias", "value_weight", "value_bias"),
+        *("query_key_weight", "query_key_bias"),
+    ),
+    results={
+        "value": empty_for,
+        "query_key": lambda x: empty_for(x, channels=2 * x.shape[1]),
+        "mean": lambda x: x.new_empty(x.shape[0]),
+        "deviation": lambda x: x.new_empty(x.shape[0]),
+    },
+)
 _register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))

@@ -39,10 +39,16 @@ def layout_of(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def empty_for(tensor: torch.Tensor, needed: bool = True) -> torch.Tensor:
-    """An uninitialised map of the shape and layout of ``tensor``, or an empty tensor if not needed."""
+def empty_for(tensor: torch.Tensor, needed: bool = True, channels: int | None = None) -> torch.Tensor:
+    """An uninitialised map of the shape and layout of ``tensor``, or an empty tensor if not needed.
+
+    A map has as many ``channels`` as are given, else those of ``tensor``.
+    """
     if not needed:
         return tensor.new_empty(0)
+    if channels is not None:
+        shape = (tensor.shape[0], channels, *tensor.shape[2:])
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout_of(tensor))
     return torch.empty_like(tensor, memory_format=layout_of(tensor) if tensor.dim() == 4 else torch.contiguous_format)
 
 

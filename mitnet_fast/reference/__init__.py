@@ -6,7 +6,7 @@ Every function is differentiable by autograd and works in any floating-point dty
 
 from .amplitude_phase import amplitude_and_phase, amplitude_phase_conv, half_spectrum, recombine
 from .dynamic_filter import dynamic_filter, predicted_dynamic_filter
-from .feature_mixing import dense_block, local_global_mixing, local_mixing, pointwise_mlp
+from .feature_mixing import dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
 from .window_attention import window_attention
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "half_spectrum",
     "local_global_mixing",
     "local_mixing",
+    "normalized_qkv",
     "pointwise_mlp",
     "predicted_dynamic_filter",
     "recombine",

@@ -1,4 +1,4 @@
-"""Feature mixing in plain PyTorch: the residual parts of a LEGM block, the dilated dense block."""
+"""Feature mixing in plain PyTorch: the parts of a LEGM block, the dilated dense block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 DENSE_LAYERS = 5
+NORM_EPS = 1e-5
 
 
 def pointwise_mlp(
@@ -56,6 +57,25 @@ def local_global_mixing(
     """
     mixed = _pointwise(_depthwise(value, local_weight, local_bias) + attended, proj_weight, proj_bias)
     return torch.addcmul(x + rebias[..., None, None], mixed, rescale[..., None, None])
+
+
+def normalized_qkv(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    query_key_weight: torch.Tensor,
+    query_key_bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n = γ·(x − μ)/σ + β with μ and σ of each sample, V·n and QK·n at every pixel, μ, σ.
+
+    Args and result as in :func:`mitnet_fast.ops.normalized_qkv`.
+    """
+    variance, mean = torch.var_mean(x, (1, 2, 3), correction=0)
+    normalized = torch.group_norm(x, 1, norm_weight, norm_bias, NORM_EPS)
+    value = _pointwise(normalized, value_weight, value_bias)
+    return value, _pointwise(normalized, query_key_weight, query_key_bias), mean, (variance + NORM_EPS).sqrt()
 
 
 def dense_block(

@@ -82,17 +82,18 @@ def test_offsets_keep_their_float32_rounding_in_a_float64_network():
 
 
 def test_rescale_norm_is_its_equation():
-    norm = fill(RescaleNorm(6))
+    norm, value, query_key = fill(RescaleNorm(6)), fill(nn.Conv2d(6, 6, 1), 1), fill(nn.Conv2d(6, 12, 1), 2)
     x = (3 + 2 * golden.uniform("x", (2, 6, 5, 7))).requires_grad_()
     mean = x.mean((1, 2, 3), keepdim=True)
     deviation = torch.sqrt(((x - mean) ** 2).mean((1, 2, 3), keepdim=True) + 1e-5)
     expected = (
-        (x - mean) / deviation * norm.weight + norm.bias,
-        deviation * norm.rescale.weight.view(1, 6, 1, 1) + norm.rescale.bias.view(1, 6, 1, 1),
-        mean * norm.rebias.weight.view(1, 6, 1, 1) + norm.rebias.bias.view(1, 6, 1, 1),
+        value((x - mean) / deviation * norm.weight + norm.bias),
+        query_key((x - mean) / deviation * norm.weight + norm.bias),
+        deviation.view(2, 1) * norm.rescale.weight.view(6) + norm.rescale.bias,
+        mean.view(2, 1) * norm.rebias.weight.view(6) + norm.rebias.bias,
     )
-    actual = norm(x)
-    inputs = [x, *norm.parameters()]
+    actual = norm(x, value, query_key)
+    inputs = [x, *norm.parameters(), *value.parameters(), *query_key.parameters()]
     for ours, formula in zip(actual, expected, strict=True):
         assert golden.relative_error(ours, formula.detach()) < 1e-14
     weights = [golden.uniform(f"w{index}", value.shape) for index, value in enumerate(expected)]
@@ -108,9 +109,10 @@ def test_rescale_norm_is_its_equation():
 def test_attention_block_is_its_equations(shift, size):
     block = fill(LEGMBlock(6, heads=2, mlp_ratio=1.5, window_size=8, shift=shift))
     x = golden.uniform("x", (2, 6, *size))
-    normalised, rescale, rebias = block.norm(x)
+    *_, rescale, rebias = block.norm(x, block.mix.value, block.mix.query_key)
+    normalised = F.group_norm(x, 1, block.norm.weight.view(-1), block.norm.bias.view(-1), 1e-5)
     mixed = block.mix.proj(local(block.mix, normalised) + attend(block.mix, normalised, block.mix.position_bias.meta))
-    y = x + rescale * mixed + rebias
+    y = x + rescale[..., None, None] * mixed + rebias[..., None, None]
     first, second = block.mlp[0], block.mlp[2]
     assert first.weight.shape == (9, 6, 1, 1)
     expected = y + F.conv2d(F.conv2d(y, first.weight, first.bias).clamp_min(0), second.weight, second.bias)

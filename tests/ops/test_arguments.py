@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from mitnet_fast import ops
 
@@ -45,6 +46,12 @@ def global_arguments(**changes):
     arguments = mixing_arguments(value=torch.zeros(2, 4, 5, 6), attended=torch.zeros(2, 4, 5, 6))
     del arguments["value_weight"], arguments["value_bias"]
     return arguments | {"rescale": torch.zeros(2, 4), "rebias": torch.zeros(2, 4)} | changes
+
+
+def qkv_arguments(**changes):
+    shapes = {"x": (2, 4, 5, 6), "norm_weight": (4,), "norm_bias": (4,), "value_weight": (4, 4), "value_bias": (4,)}
+    shapes |= {"query_key_weight": (8, 4), "query_key_bias": (8,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
 
 
 WRONG = [
@@ -103,6 +110,9 @@ WRONG = [
     (ops.dense_block, dense_arguments(dense_bias=torch.zeros(11)), ValueError, r"dense_bias: .*\[10\], got \[11\]"),
     (ops.dense_block, dense_arguments(dense_weight=torch.zeros(9)), ValueError, r"dense_weight: .*\[630\]"),
     (ops.local_global_mixing, global_arguments(value=torch.zeros(2, 4, 5, 5)), ValueError, r"value: .*\[2, 4, 5, 6\]"),
+    (ops.normalized_qkv, qkv_arguments(norm_bias=torch.zeros(3)), ValueError, r"norm_bias: .*\[4\], got \[3\]"),
+    (ops.normalized_qkv, qkv_arguments(query_key_weight=torch.zeros(4, 4)), ValueError, r"query_key.*\[8, 4\]"),
+    (ops.normalized_qkv, qkv_arguments(x=torch.zeros(2, 4, 0, 6)), ValueError, "x: needs at least one channel and one"),
     (ops.local_global_mixing, global_arguments(rescale=torch.zeros(4)), ValueError, r"rescale: .*\[B, C\]"),
 ]  # fmt: skip
 
@@ -121,6 +131,7 @@ RIGHT = [
     (ops.pointwise_mlp, mlp_arguments),
     (ops.local_mixing, mixing_arguments),
     (ops.local_global_mixing, global_arguments),
+    (ops.normalized_qkv, qkv_arguments),
     (ops.dense_block, dense_arguments),
 ]
 
@@ -148,10 +159,11 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(operator, argum
     for value in tensors.values():
         if isinstance(value, torch.Tensor):
             value.requires_grad_()
-    y = operator(**tensors)
+    results = tree_leaves(operator(**tensors))
     map_name = "v" if "v" in tensors else "x"
-    assert y.shape == tensors[map_name].shape
-    y.sum().backward()
+    assert results[0].shape == tensors[map_name].shape
+    assert not any(result.numel() for result in results)
+    sum(result.sum() for result in results).backward()
     for value in tensors.values():
         if isinstance(value, torch.Tensor):
             assert value.grad.shape == value.shape
@@ -162,22 +174,24 @@ def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(operator, argum
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_and_keeps_its_dtype(operator, arguments, half):
     tensors = filled(arguments(), half)
-    y = operator(**tensors)
-    assert y.dtype == half
-    exact = operator(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()})
-    # four roundings of the result: the inputs are the same
-    assert (y.double() - exact).norm() <= 4 * torch.finfo(half).eps * exact.norm()
+    rounded = tree_leaves(operator(**tensors))
+    exact = tree_leaves(operator(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}))
+    for y, truth in zip(rounded, exact, strict=True):
+        assert y.dtype == half
+        # four roundings of the result: the inputs are the same
+        assert (y.double() - truth).norm() <= 4 * torch.finfo(half).eps * truth.norm()
 
 
 @pytest.mark.parametrize(("operator", "arguments"), RIGHT)
 def test_autocast_decides_the_dtype(operator, arguments):
     tensors = filled(arguments())
-    exact = operator(**tensors)
+    exact = tree_leaves(operator(**tensors))
     mixed = {k: v.bfloat16() if k in ("features", "filters", "v") else v for k, v in tensors.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = operator(**mixed)
-    assert y.dtype == (torch.float32 if operator is ops.amplitude_phase_conv else torch.bfloat16)
-    assert (y.float() - exact).norm() <= 8 * torch.finfo(torch.bfloat16).eps * exact.norm()
+        rounded = tree_leaves(operator(**mixed))
+    for y, truth in zip(rounded, exact, strict=True):
+        assert y.dtype == (torch.float32 if operator is ops.amplitude_phase_conv else torch.bfloat16)
+        assert (y.float() - truth).norm() <= 8 * torch.finfo(torch.bfloat16).eps * truth.norm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         double = operator(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()})
-    assert double.dtype == torch.float64
+    assert all(y.dtype == torch.float64 for y in tree_leaves(double))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from mitnet_fast import ops
@@ -30,6 +31,14 @@ def dtypes_of(spec, backend, device):
 
 def typical(spec, dtype=torch.float32, layout="contiguous"):
     return replace(spec.typical, dtype=dtype, layout=layout)
+
+
+def total(results):
+    return sum(result.sum() for result in tree_leaves(results))
+
+
+def same(results, others):
+    return all(torch.equal(*pair) for pair in zip(tree_leaves(results), tree_leaves(others), strict=True))
 
 
 def required(results):
@@ -75,7 +84,10 @@ def test_every_pattern_of_wanted_gradients(spec, backend, device):
     for wanted in itertools.product((False, True), repeat=len(names)):
         needs = dict(zip(names, wanted, strict=True))
         results = compare(spec, case, backend, device, needs)
-        assert {result.tensor for result in results} == {"y", *(f"grad_{name}" for name in names if needs[name])}
+        assert {result.tensor for result in results} == {
+            *spec.results,
+            *(f"grad_{name}" for name in names if needs[name]),
+        }
         assert not required(results), f"{needs}: {required(results)}"
 
 
@@ -85,10 +97,11 @@ def test_the_result_keeps_the_layout_and_aliases_nothing(spec, backend, device, 
     case = typical(spec, layout=layout)
     tensors = spec.inputs(case, device)
     before = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
-    y = spec.run(case, tensors, backend)
+    results = tree_leaves(spec.run(case, tensors, backend))
     format_of = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
-    assert y.is_contiguous(memory_format=format_of)
-    assert all(y.data_ptr() != tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
+    for y in results:
+        assert y.dim() != 4 or y.is_contiguous(memory_format=format_of)
+        assert all(y.data_ptr() != tensor.data_ptr() for tensor in tensors.values() if tensor is not None)
     for name, value in before.items():
         assert torch.equal(tensors[name], value)
 
@@ -109,18 +122,19 @@ def test_a_gradient_of_any_layout_is_read_as_it_lies(spec, backend, device):
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
-    wide = torch.cat([gradient, torch.full_like(gradient, float("nan"))], 1)
     layouts = {
-        "half of a concatenation": wide[:, : gradient.shape[1]],
-        "channels_last": gradient.contiguous(memory_format=torch.channels_last),
-        "transposed": gradient.transpose(2, 3).contiguous().transpose(2, 3),
+        "half of a concatenation": lambda g: torch.cat([g, torch.full_like(g, float("nan"))], 1)[:, : g.shape[1]],
+        "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda g: g.transpose(2, 3).contiguous().transpose(2, 3),
     }
-    for layout, laid_out in layouts.items():
+    for layout, lay_out in layouts.items():
+        laid_out = tree_map(lambda g, lay_out=lay_out: lay_out(g) if g.dim() == 4 else g, gradient)
         actual = outputs_and_gradients(spec, case, tensors, laid_out, backend)
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=f"{layout}: {name}")
-    ones = outputs_and_gradients(spec, case, tensors, torch.ones_like(gradient), backend)
-    expanded = outputs_and_gradients(spec, case, tensors, gradient.new_ones(()).expand(gradient.shape), backend)
+    ones = outputs_and_gradients(spec, case, tensors, tree_map(torch.ones_like, gradient), backend)
+    one_value = tree_map(lambda g: g.new_ones(()).expand(g.shape), gradient)
+    expanded = outputs_and_gradients(spec, case, tensors, one_value, backend)
     for name, value in ones.items():
         torch.testing.assert_close(expanded[name], value, rtol=1e-5, atol=1e-5)
 
@@ -142,12 +156,13 @@ def test_it_compiles_as_one_graph(spec, backend, device):
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
 
     def step(**arguments):
-        return 2 * getattr(ops, spec.name)(**arguments, **case.options, backend=backend)
+        return tree_map(lambda y: 2 * y, getattr(ops, spec.name)(**arguments, **case.options, backend=backend))
 
     leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in tensors.items()}
-    y = torch.compile(step, fullgraph=True, backend="aot_eager")(**leaves)
-    y.backward(gradient / 2)
-    torch.testing.assert_close(y / 2, expected["y"])
+    doubled = tree_leaves(torch.compile(step, fullgraph=True, backend="aot_eager")(**leaves))
+    torch.autograd.backward(doubled, [g / 2 for g in tree_leaves(gradient)])
+    for name, y in zip(spec.results, doubled, strict=True):
+        torch.testing.assert_close(y / 2, expected[name])
     for name, leaf in leaves.items():
         if leaf is not None:
             torch.testing.assert_close(leaf.grad, expected[f"grad_{name}"])
@@ -181,7 +196,8 @@ def test_activation_checkpointing_gives_the_same_gradients(spec, backend, device
     gradient = spec.gradient(case, spec.run(case, tensors, backend))
     expected = outputs_and_gradients(spec, case, tensors, gradient, backend)
     leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in tensors.items()}
-    checkpoint(lambda: spec.run(case, leaves, backend), use_reentrant=False).backward(gradient)
+    results = tree_leaves(checkpoint(lambda: spec.run(case, leaves, backend), use_reentrant=False))
+    torch.autograd.backward(results, tree_leaves(gradient))
     for name, leaf in leaves.items():
         if leaf is not None:
             assert torch.equal(leaf.grad, expected[f"grad_{name}"])
@@ -192,10 +208,10 @@ def test_second_derivatives_are_a_clear_error(spec, backend, device):
     case = typical(spec)
     tensors = {n: t if t is None else t.requires_grad_() for n, t in spec.inputs(case, device).items()}
     image = tensors[spec.maps[0]]
-    (first,) = torch.autograd.grad(spec.run(case, tensors, backend).sum(), image, create_graph=True)
+    (first,) = torch.autograd.grad(total(spec.run(case, tensors, backend)), image, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative; use backend='reference'"):
         first.sum().backward()
-    (exact,) = torch.autograd.grad(spec.run(case, tensors, "reference").sum(), image, create_graph=True)
+    (exact,) = torch.autograd.grad(total(spec.run(case, tensors, "reference")), image, create_graph=True)
     exact.square().sum().backward()
 
 
@@ -205,17 +221,17 @@ def test_function_transforms_run_on_the_reference_only(spec, backend, device):
     tensors = spec.inputs(case, device)
     image = tensors[spec.maps[0]]
 
-    def total(replaced, name=None):
-        return spec.run(case, tensors | {spec.maps[0]: replaced}, name).sum()
+    def run(replaced, name=None):
+        return total(spec.run(case, tensors | {spec.maps[0]: replaced}, name))
 
     leaf = image.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(total(leaf, "reference"), leaf)
-    torch.testing.assert_close(torch.func.grad(total)(image), expected)
+    (expected,) = torch.autograd.grad(run(leaf, "reference"), leaf)
+    torch.testing.assert_close(torch.func.grad(run)(image), expected)
     pair = torch.stack([image, 2 * image])
-    torch.testing.assert_close(torch.func.vmap(total)(pair), torch.stack([total(one, "reference") for one in pair]))
+    torch.testing.assert_close(torch.func.vmap(run)(pair), torch.stack([run(one, "reference") for one in pair]))
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(ops.BackendError, match=r"torch\.func transforms reach through plain PyTorch only"):
-            transform(lambda replaced: total(replaced, backend))(pair if transform is torch.func.vmap else image)
+            transform(lambda replaced: run(replaced, backend))(pair if transform is torch.func.vmap else image)
 
 
 @every_kernel
@@ -228,9 +244,9 @@ def test_autocast_casts_as_for_a_convolution_or_computes_in_float32(spec, backen
         of_rounded = spec.run(case, rounded, backend)
     if spec.casts_like_convolution:
         assert torch.bfloat16 in dtypes_of(spec, backend, device)
-        assert torch.equal(y, spec.run(case, rounded, backend))
-        assert torch.equal(of_rounded, y)
+        assert same(y, spec.run(case, rounded, backend))
+        assert same(of_rounded, y)
     else:
         widened = {name: t if t is None else t.float() for name, t in rounded.items()}
-        assert torch.equal(y, spec.run(case, tensors, backend))
-        assert torch.equal(of_rounded, spec.run(case, widened, backend).bfloat16())
+        assert same(y, spec.run(case, tensors, backend))
+        assert same(of_rounded, tree_map(torch.Tensor.bfloat16, spec.run(case, widened, backend)))

@@ -27,6 +27,7 @@ CALLS = {  # of each seed
     "dense_block": 30,
     "dynamic_filter": 100,
     "feature_mixing": 60,
+    "normalized_qkv": 40,
     "window_attention": 60,
 }
 

@@ -1,5 +1,6 @@
 """The reference of feature mixing against its equations written out pixel by pixel."""
 
+import pytest
 import torch
 
 from mitnet_fast import reference
@@ -54,6 +55,24 @@ def test_local_global_mixing_at_each_pixel():
     expected = x + rescale[..., None, None] * mixed + rebias[..., None, None]
     actual = reference.local_global_mixing(x, value, attended, weight, bias, proj_weight, proj_bias, rescale, rebias)
     torch.testing.assert_close(actual, expected)
+
+
+def test_normalized_qkv_at_each_pixel():
+    x, weight, bias = 2 * numbers(2, 3, 4, 5) + 3, numbers(3) + 1, numbers(3)
+    projections = numbers(3, 3), numbers(3) - 1, numbers(6, 3), numbers(6)
+    value, query_key = torch.empty(2, 3, 4, 5, dtype=torch.float64), torch.empty(2, 6, 4, 5, dtype=torch.float64)
+    means, deviations = [], []
+    for sample, pixels in enumerate(x):
+        means.append(sum(pixels.flatten().tolist()) / 60)
+        deviations.append((sum((v - means[-1]) ** 2 for v in pixels.flatten().tolist()) / 60 + 1e-5) ** 0.5)
+        for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(5)):
+            n = (pixels[:, row, column] - means[-1]) / deviations[-1] * weight + bias
+            value[sample, :, row, column] = projections[0] @ n + projections[1]
+            query_key[sample, :, row, column] = projections[2] @ n + projections[3]
+    *maps, mean, deviation = reference.normalized_qkv(x, weight, bias, *projections)
+    torch.testing.assert_close(maps, [value, query_key])
+    assert mean.tolist() == pytest.approx(means, rel=1e-13)
+    assert deviation.tolist() == pytest.approx(deviations, rel=1e-13)
 
 
 def test_the_dense_block_layer_by_layer():
