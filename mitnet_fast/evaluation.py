@@ -220,8 +220,8 @@ class Evaluation:
         scored = len(self.images) - len(self.failures)
         table = Table("protocol", "PSNR / dB", "SSIM")
         for name in self.protocols:
-            mean, deviation = self.mean(name), self.deviation(name)
-            table.add_row(name, f"{mean.psnr:.2f} ± {deviation.psnr:.2f}", f"{mean.ssim:.4f} ± {deviation.ssim:.4f}")
+            values = zip(self.mean(name), self.deviation(name), (2, 4), strict=True)
+            table.add_row(name, *(_with_deviation(*value) for value in values))
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return Group(
             table,
@@ -305,6 +305,11 @@ def _evaluate_image(
             seconds.append(elapsed)
         scores[rule.name] = score(restored[seen.shape], rule.cut(clear), rule.name)
     return ImageScores(name, *hazy.shape[-2:], seconds[0], scores)
+
+
+def _with_deviation(mean: float, deviation: float, digits: int) -> str:
+    """Both numbers, or the mean alone where there is no deviation."""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
 def _check_memory(model: nn.Module, image: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:

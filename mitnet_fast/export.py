@@ -124,7 +124,7 @@ def export(
     _check(model, path, size, format)
     backend = "reference" if format == "onnx" else backend
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; overwrite=True replaces it")
+        raise FileExistsError(f"{path} exists; overwrite it, or choose another name")
     weight = next(model.parameters())
     multiple, smallest = _sides(model, backend)
     height, width = size or (smallest + multiple, smallest + 2 * multiple)

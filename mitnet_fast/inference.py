@@ -182,7 +182,7 @@ def dehaze_files(
     for source, target in jobs:
         try:
             if target.exists() and not overwrite:
-                raise FileExistsError(f"{target} exists; overwrite=True replaces it")
+                raise FileExistsError(f"{target} exists; overwrite it, or choose another folder or suffix")
             result = _dehaze_file(run, largest_tile, source, target, tile, overlap, compare)
         except Exception as error:  # whatever one file meets, the others are still worth restoring
             advice = "out of memory; smaller tiles need less: " if _is_out_of_memory(error) else ""
@@ -490,5 +490,5 @@ def _check_targets(jobs: Sequence[tuple[Path, Path]], overwrite: bool) -> None:
                 raise ValueError(f"output_dir: the result of {source} would replace the input {target}")
             if not overwrite:
                 raise ValueError(
-                    f"output_dir: {target} is an input; choose another folder, a suffix, or overwrite=True"
+                    f"output_dir: {target} is an input; choose another folder or a suffix, or overwrite it"
                 )

@@ -128,7 +128,8 @@ def test_commands_parse(page: str, words: list[str]) -> None:
 def test_overrides_in_the_text_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for override in re.findall(r"(?:-s |`)(?!section\.field)([a-z_]+\.\w+=[^\s`]+)", text):
-        load_config("dcmpnet-its" if override.startswith("data.depth") else "mitnet-its", [override])
+        of_dcmpnet = override.startswith(("data.depth", "loss.vgg", "loss.contrastive"))
+        load_config("dcmpnet-its" if of_dcmpnet else "mitnet-its", [override])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -200,7 +200,7 @@ class TestFailures:
         save(tmp_path / "out/a.png", picture(seed=1))
         model = Invert()
         (failure,) = dehaze_files(model, source, tmp_path / "out").failures
-        assert failure.error == f"{tmp_path / 'out/a.png'} exists; overwrite=True replaces it"
+        assert failure.error == f"{tmp_path / 'out/a.png'} exists; overwrite it, or choose another folder or suffix"
         assert model.seen == []
         assert np.array_equal(load(tmp_path / "out/a.png"), picture(seed=1))
         assert dehaze_files(model, source, tmp_path / "out", overwrite=True).failures == ()
@@ -309,7 +309,7 @@ class TestRefusals:
 
     def test_result_over_its_input(self, tmp_path: Path) -> None:
         source = save(tmp_path / "in/a.png", picture())
-        self.refused(r"a\.png is an input; choose another folder, a suffix", source, tmp_path / "in")
+        self.refused(r"a\.png is an input; choose another folder or a suffix, or overwrite", source, tmp_path / "in")
         (tmp_path / "link").symlink_to(tmp_path / "in")
         self.refused(r"a\.png is an input", source, tmp_path / "link")
         assert dehaze_files(Invert(), source, tmp_path / "in", overwrite=True).failures == ()

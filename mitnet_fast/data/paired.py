@@ -153,7 +153,7 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
 
     def _depth_maps(self, folder: Path, sizes: dict[str, tuple[int, int]], problems: list[Problem]) -> list[DepthMap]:
         if not folder.is_dir():
-            raise DataError(f"depth: no folder {folder}")
+            raise DataError(f"depth: no folder {folder}; `mitnet-fast data depth` computes the maps")
         maps: dict[str, DepthMap] = {}
         for clear in dict.fromkeys(pair.clear for pair in self.pairs):
             try:

@@ -82,7 +82,7 @@ def batches(
             collate_fn=None if single else _collate,
             **arguments,
         )
-    loaded = _start(loader)
+        loaded = _start(loader)
 
     def fetch() -> dict[str, Any] | None:
         batch = _next(loaded)

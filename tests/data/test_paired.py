@@ -224,7 +224,7 @@ class TestDepth:
         assert f"unreadable: {folder / '3.json'}: " in message
 
     def test_missing_folder(self, root: Path) -> None:
-        with pytest.raises(DataError, match="depth: no folder"):
+        with pytest.raises(DataError, match=r"depth: no folder .*data depth"):
             PairedImages(root, "train", depth=root / "none")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +193,77 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match=r"need the transformers library: pip install 'mitnet-fast\[depth\]'"):
         load_teacher()
+
+
+def test_a_teacher_sees_8_bit_samples_and_gives_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Inputs(dict):
+        def to(self, device: torch.device) -> Inputs:
+            asked.append(device)
+            return self
+
+    class Processor:
+        @staticmethod
+        def from_pretrained(name: str) -> Processor:
+            asked.append(name)
+            return Processor()
+
+        def __call__(self, images: np.ndarray, return_tensors: str) -> Inputs:
+            assert (images.dtype, return_tensors) == (np.uint8, "pt")
+            return Inputs(pixel_values=torch.from_numpy(images))
+
+    class Model(torch.nn.Linear):
+        device = torch.device("cpu")
+
+        @staticmethod
+        def from_pretrained(name: str) -> Model:
+            asked.append(name)
+            return Model(1, 1)
+
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            assert not self.training
+            return SimpleNamespace(predicted_depth=pixel_values[None, ..., 1].half())
+
+    stand_in = SimpleNamespace(AutoImageProcessor=Processor, AutoModelForDepthEstimation=Model)
+    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+    monkeypatch.setattr(teacher.importlib.metadata, "version", {"transformers": "5.0"}.__getitem__)
+    network = load_teacher("some/teacher")
+    values = network(torch.tensor([0.0, 0.4, 1.2])[:, None, None].expand(3, 5, 7))
+    assert asked == ["some/teacher", "some/teacher", torch.device("cpu")]
+    assert (network.name, network.versions) == ("some/teacher", {"transformers": "5.0"})
+    assert (values.shape, values.dtype, values.unique().tolist()) == ((5, 7), torch.float32, [102.0])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("installed", [True] if find_spec("transformers") else [])
+def test_a_teacher_of_transformers(installed: bool, tmp_path: Path) -> None:
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+
+    backbone = Dinov2Config(
+        image_size=56,
+        patch_size=14,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+    )
+    sizes = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 8, 8, 8], "fusion_hidden_size": 8}
+    model = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=backbone, patch_size=14, head_hidden_size=8, **sizes)
+    ).eval()
+    torch.nn.init.constant_(model.head.conv3.bias, 0.5)  # else the last ReLU leaves next to nothing
+    processor = DPTImageProcessor(size={"height": 56, "width": 56}, ensure_multiple_of=14, keep_aspect_ratio=True)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    samples = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    with torch.no_grad():
+        expected = model(**processor(images=samples, return_tensors="pt")).predicted_depth[0]
+    values = load_teacher(str(tmp_path))(torch.from_numpy(samples).permute(2, 0, 1) / 255)
+    assert values.shape == (56, 84)
+    assert values.max() > values.min()
+    torch.testing.assert_close(values, expected)
 
 
 class TestCommand:

@@ -102,6 +102,12 @@ class Numbered(Dataset):
         return {"value": torch.tensor(index)}
 
 
+def test_more_workers_than_cores_are_the_users_choice(monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert len(epoch_of(Numbered(), 2)) == 6
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [ValueError("7.png: damaged"), FileNotFoundError(2, "gone", "7.png")])
 def test_what_cannot_be_read_is_one_message_without_a_traceback(error, workers):
