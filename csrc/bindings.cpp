@@ -943,6 +943,37 @@ Gradients dense_block_backward(const at::Tensor& grad, const at::Tensor& x, cons
   return grads.behind({if_defined(grad_x)});
 }
 
+at::Tensor conv_relu_forward(const at::Tensor& x, const std::optional<at::Tensor>& joined, const at::Tensor& weight,
+                             const at::Tensor& scale, const at::Tensor& shift) {
+  const auto features = checked_features(x, 0);
+  const int64_t b = features.batch, h = features.height, w = features.width;
+  if (joined) {
+    check_map("joined", *joined);
+    check_like("joined", *joined, {b, joined->size(1), h, w}, x);
+  }
+  const int64_t joined_channels = joined ? joined->size(1) : 0;
+  TORCH_CHECK_VALUE(weight.defined() && weight.dim() == 4 && weight.size(0) > 0,
+                    "weight: expected shape [Co, C, 3, 3], got ", weight.sizes());
+  const int64_t out = weight.size(0);
+  check_like("weight", weight, {out, features.channels + joined_channels, 3, 3}, x);
+  check_like("scale", scale, {out}, x);
+  check_like("shift", shift, {out}, x);
+  const bool channels_last = !weight.is_contiguous() && weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor dense_weight = channels_last ? weight : weight.contiguous();
+  const DenseTensors dense({scale, shift});
+  const at::Tensor y = empty_for(x, {b, out, h, w});
+  const ConvReluForward call{{features.dtype, b, features.channels, joined_channels, out, h, w},
+                             view(x),
+                             joined ? view(*joined) : ConstMapView{},
+                             dense_weight.const_data_ptr(),
+                             channels_last,
+                             dense.data(0),
+                             dense.data(1),
+                             mutable_view(y)};
+  launch_on_cpu(conv_relu_cpu_kernels().forward, call);
+  return y;
+}
+
 }  // namespace
 }  // namespace mitnet_fast
 
@@ -1010,4 +1041,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("dense_block_backward", kernel(&dense_block_backward), py::arg("grad"), py::arg("x"),
              py::arg("dense_weight"), py::arg("dense_bias"), py::arg("fuse_weight"), py::arg("fuse_bias"),
              py::arg("needs"));
+  module.def("conv_relu_forward", kernel(&conv_relu_forward), py::arg("x"), py::arg("joined"), py::arg("weight"),
+             py::arg("scale"), py::arg("shift"));
 }

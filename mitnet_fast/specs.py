@@ -778,6 +778,55 @@ def _dense_as_seen(
     return formula
 
 
+def _conv_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w = _mixing_map(case)
+    joined, out = case.sizes["joined"], case.sizes["out"]
+    maps = {"x": (b, c, h, w), "joined": (b, joined, h, w) if joined else None}
+    return maps | {"weight": (out, c + joined, 3, 3), "scale": (out,), "shift": (out,)}
+
+
+def _conv_output(case: Case) -> tuple[int, ...]:
+    batch, _, height, width = _mixing_map(case)
+    return batch, case.sizes["out"], height, width
+
+
+def _random_conv(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes, options = _random_mixing(random)
+    sizes |= {"channels": random.choice((1, 3, 16, 24, 64)), "height": random.choice((1, 2, 3, 5, 8, 13))}
+    return sizes | {"joined": random.choice((0, 0, 1, 16, 20)), "out": random.choice((1, 7, 16, 40, 64))}, options
+
+
+def _conv_bytes(case: Case) -> tuple[int, int]:
+    element = case.dtype.itemsize * _pixels(case)
+    channels, out = case.sizes["channels"] + case.sizes["joined"], case.sizes["out"]
+    return element * (channels + out), element * (2 * channels + out)
+
+
+def _conv_flops(case: Case) -> tuple[int, int]:
+    product = 2 * _pixels(case) * 9 * (case.sizes["channels"] + case.sizes["joined"]) * case.sizes["out"]
+    return product, 3 * product  # as a convolution is counted; backward: the forward again, two factors of the product
+
+
+def _conv_as_seen(
+    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
+) -> Callable[..., torch.Tensor]:
+    """The reference, whose ReLU may let through what is 0 within rounding, or not."""
+
+    def formula(
+        x: torch.Tensor, joined: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor,
+        *, other_side: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if not other_side:
+            return reference.conv_relu(x, joined, weight, scale, shift)
+        maps = x if joined is None else torch.cat([x, joined], 1)
+        factor, summand = scale[:, None, None], shift[:, None, None]
+        result = F.conv2d(maps, weight, padding=1) * factor + summand
+        largest = F.conv2d(maps.abs(), weight.abs(), padding=1) * factor.abs() + summand.abs()
+        return result * ((result > 0) != (result.abs() <= 8 * torch.finfo(case.dtype).eps * largest))
+
+    return formula
+
+
 def _mixed(batch: int, channels: int, height: int, width: int, **more: int) -> Case:
     return Case({"batch": batch, "channels": channels, "height": height, "width": width} | more, {})
 
@@ -889,6 +938,33 @@ DENSE_BLOCK = OpSpec(
     as_seen=_dense_as_seen,
 )
 
+CONV_RELU = OpSpec(
+    name="conv_relu",
+    family="feature_mixing",
+    shapes=_conv_shapes,
+    maps=("x", "joined"),
+    output_shape=_conv_output,
+    cases=(
+        _mixed(1, 1, 1, 1, joined=0, out=1),
+        _mixed(2, 3, 4, 5, joined=2, out=4),
+        _mixed(0, 3, 4, 4, joined=0, out=3),
+        _mixed(2, 3, 9, 17, joined=0, out=64),
+        _mixed(1, 20, 13, 30, joined=21, out=33),
+        _mixed(1, 64, 24, 36, joined=64, out=48),
+        _mixed(2, 256, 4, 4, joined=0, out=128),
+    ),
+    typical=_mixed(2, 3, 6, 9, joined=5, out=4),
+    random_sizes=_random_conv,
+    benchmark_cases=(
+        _mixed(2, 64, 128, 128, joined=64, out=64),
+        _mixed(2, 256, 32, 32, joined=0, out=256),
+        _mixed(2, 512, 16, 16, joined=0, out=512),
+    ),
+    bytes_at_least=_conv_bytes,
+    flops=_conv_flops,
+    as_seen=_conv_as_seen,
+)
+
 SPECS = (
     DYNAMIC_FILTER,
     PREDICTED_DYNAMIC_FILTER,
@@ -899,4 +975,5 @@ SPECS = (
     LOCAL_GLOBAL_MIXING,
     NORMALIZED_QKV,
     DENSE_BLOCK,
+    CONV_RELU,
 )

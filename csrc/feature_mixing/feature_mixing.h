@@ -1,4 +1,5 @@
-// Calls of feature mixing: the parts of a LEGM block and the dilated dense block of the depth network.
+// Calls of feature mixing: the parts of a LEGM block, the dilated dense block of the depth network and the
+// convolutions of the U-Net prior.
 //
 //   pointwise MLP   y = x + weight2 · ReLU(weight1 · x + bias1) + bias2
 //   local mixing    y = x + rescale · (proj · (depthwise5×5(value) + attended) + proj_bias) + rebias
@@ -12,6 +13,7 @@
 //
 //   dense block     f_0 = x,  f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))],  k = 1 … 5
 //                   y = ReLU(fuse_weight · f_5 + fuse_bias) + x
+//   conv-ReLU       y = ReLU(scale · conv3×3([x, joined]) + shift), zeros around the map
 //
 // Maps have any strides; all tensors of a call have one data type, arithmetic is float32 (float64 for
 // float64). Weights and their gradients are contiguous.
@@ -173,6 +175,27 @@ struct DenseBlockBackward {
   void* grad_dense_bias;
   void* grad_fuse_weight;
   void* grad_fuse_bias;
+};
+
+struct ConvReluShape {
+  DataType dtype;
+  int64_t batch;
+  int64_t channels;         // of x
+  int64_t joined_channels;  // 0 where no map is joined
+  int64_t out_channels;
+  int64_t height;
+  int64_t width;
+};
+
+struct ConvReluForward {
+  ConvReluShape shape;
+  ConstMapView x;
+  ConstMapView joined;  // null where none is
+  const void* weight;   // [out_channels, channels + joined_channels, 3, 3], or its channels innermost
+  bool weight_is_channels_last;
+  const void* scale;  // [out_channels]
+  const void* shift;  // [out_channels]
+  MapView y;
 };
 
 }  // namespace mitnet_fast

@@ -8,17 +8,20 @@ namespace DEFAULT {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
 extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
+extern const ConvReluCpuKernels conv_relu_kernels;
 }  // namespace DEFAULT
 #if defined(__x86_64__)
 namespace AVX2 {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
 extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
+extern const ConvReluCpuKernels conv_relu_kernels;
 }  // namespace AVX2
 namespace AVX512 {
 extern const FeatureMixingCpuKernels feature_mixing_kernels;
 extern const NormalizedQkvCpuKernels normalized_qkv_kernels;
 extern const DenseBlockCpuKernels dense_block_kernels;
+extern const ConvReluCpuKernels conv_relu_kernels;
 }  // namespace AVX512
 #endif
 
@@ -58,6 +61,19 @@ const DenseBlockCpuKernels& dense_block_cpu_kernels() {
 #endif
     default:
       return DEFAULT::dense_block_kernels;
+  }
+}
+
+const ConvReluCpuKernels& conv_relu_cpu_kernels() {
+  switch (cpu_capability()) {
+#if defined(__x86_64__)
+    case CpuCapability::avx512:
+      return AVX512::conv_relu_kernels;
+    case CpuCapability::avx2:
+      return AVX2::conv_relu_kernels;
+#endif
+    default:
+      return DEFAULT::conv_relu_kernels;
   }
 }
 

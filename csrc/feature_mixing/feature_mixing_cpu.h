@@ -23,9 +23,14 @@ struct DenseBlockCpuKernels {
   CpuKernel<DenseBlockBackward> backward;
 };
 
+struct ConvReluCpuKernels {
+  CpuKernel<ConvReluForward> forward;
+};
+
 // Those for cpu_capability(), for all data types but float16.
 const FeatureMixingCpuKernels& feature_mixing_cpu_kernels();
 const NormalizedQkvCpuKernels& normalized_qkv_cpu_kernels();
 const DenseBlockCpuKernels& dense_block_cpu_kernels();
+const ConvReluCpuKernels& conv_relu_cpu_kernels();
 
 }  // namespace mitnet_fast

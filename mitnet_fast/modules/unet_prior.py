@@ -6,6 +6,9 @@
 
 Maps are [B, C, H, W]. Max-pooling drops odd last rows and columns; the enlarged map is then padded
 with zeros to the size of e_k, half of the difference (rounded down) at the left and top.
+
+In evaluation mode without gradients convolution, normalisation and ReLU of all but the smallest maps are one
+fused operator, which reads e_k and the enlarged map where they lie.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import conv_relu
 from ._checks import check_counts, check_map
+
+FEWEST_PIXELS = 1024  # of a batch, from which the fused operator is faster than the library's (measured on a CPU)
 
 
 class DoubleConv(nn.Sequential):
@@ -32,6 +38,17 @@ class DoubleConv(nn.Sequential):
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         )
+
+    def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, C1, H, W] and, if given, [B, C2, H, W] with C1 + C2 = in_channels → [B, channels, H, W]."""
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        if self.training or torch.is_grad_enabled() or pixels < FEWEST_PIXELS:
+            return super().forward(x if joined is None else torch.cat([x, joined], 1))
+        for convolution, norm in ((self[0], self[1]), (self[3], self[4])):
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            shift = torch.addcmul(norm.bias, convolution.bias - norm.running_mean, scale)
+            x, joined = conv_relu(x, joined, convolution.weight, scale, shift), None
+        return x
 
 
 class UNetPrior(nn.Module):
@@ -96,6 +113,6 @@ class UNetPrior(nn.Module):
             rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
             if rows or columns:
                 x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-            x = level(torch.cat([skip, x], 1))
+            x = level(skip, x)
             decoded.append(x)
         return decoded[1], decoded[2], self.out(decoded[3])

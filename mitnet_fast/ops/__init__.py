@@ -8,7 +8,7 @@ The kernel functions take ``backend``: None chooses the best that can run, a nam
 from ._amplitude_phase import amplitude_phase_conv
 from ._backends import BACKENDS, BackendError, use_backend
 from ._dynamic_filter import dynamic_filter, predicted_dynamic_filter
-from ._feature_mixing import dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
+from ._feature_mixing import conv_relu, dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
 from ._image_spectrum import amplitude_and_phase, half_spectrum, recombine
 from ._window_attention import window_attention
 
@@ -17,6 +17,7 @@ __all__ = [
     "BackendError",
     "amplitude_and_phase",
     "amplitude_phase_conv",
+    "conv_relu",
     "dense_block",
     "dynamic_filter",
     "half_spectrum",

@@ -1,7 +1,8 @@
-"""Public feature mixing, the parts of a LEGM block and the dense block: arguments checked, backend chosen.
+"""Public feature mixing, the parts of DCMPNet that are one operator each: arguments checked, backend chosen.
 
 The compiled backend runs behind ``mitnet_fast::pointwise_mlp``, ``local_mixing``, ``local_global_mixing``,
-``normalized_qkv``, ``dense_block`` and their backward operators; the reference is plain PyTorch and needs none.
+``normalized_qkv``, ``dense_block``, ``conv_relu`` and their backward operators; the reference is plain PyTorch and
+needs none.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from .. import reference
 from .._extension import EXTENSION
@@ -279,6 +281,57 @@ def dense_block(
     return _call("dense_block", arguments, shapes, meanings | {"fuse_bias": "[C]"}, backend)
 
 
+def conv_relu(
+    x: torch.Tensor,
+    joined: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """3×3 convolution of one map or of two, ``ReLU(scale·conv3×3([x, joined]) + shift)``, zeros around the map.
+
+    With a batch normalisation's statistics in ``scale`` and ``shift`` this is convolution, normalisation and ReLU of
+    a network that is no longer trained. The backward operator is the library's convolution, the forward again included.
+
+    Args:
+        x: [B, C1, H, W].
+        joined: [B, C2, H, W], dtype of ``x``; None for the convolution of ``x`` alone.
+        weight: [Co, C1 + C2, 3, 3].
+        scale: [Co].
+        shift: [Co].
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, Co, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: minimal filtering F(2×2, 3×3), arXiv 1509.09308.
+    """
+    check_tensor("x", x, "[B, C1, H, W]")
+    check_image_size("x", x)
+    check_tensor("weight", weight, "[Co, C1 + C2, 3, 3]")
+    batch, channels, height, width = x.shape
+    if weight.shape[0] < 1:
+        raise ValueError("weight: needs at least one output channel, got 0")
+    shapes: dict[str, tuple[int, ...]] = {}
+    if joined is not None:
+        check_tensor("joined", joined, "[B, C2, H, W]")
+        check_image_size("joined", joined)
+        shapes["joined"] = (batch, joined.shape[1], height, width)
+        channels += joined.shape[1]
+    out = weight.shape[0]
+    shapes |= {"weight": (out, channels, 3, 3), "scale": (out,), "shift": (out,)}
+    arguments = {"x": x, "joined": joined, "weight": weight, "scale": scale, "shift": shift}
+    meanings = {"joined": "[B, C2, H, W]", "weight": "[Co, C1 + C2, 3, 3]", "scale": "[Co]", "shift": "[Co]"}
+    return _call("conv_relu", arguments, shapes, meanings, backend)
+
+
 def _mix(name: str, arguments: dict[str, torch.Tensor], backend: str | None) -> torch.Tensor:
     """Both forms of mixing: all shapes follow from that of x."""
     x = arguments["x"]
@@ -312,7 +365,7 @@ def _mix(name: str, arguments: dict[str, torch.Tensor], backend: str | None) -> 
 
 def _call(
     name: str,
-    arguments: dict[str, torch.Tensor],
+    arguments: dict[str, torch.Tensor | None],
     shapes: dict[str, tuple[int, ...]],
     meanings: dict[str, str],
     backend: str | None,
@@ -408,3 +461,55 @@ _register(
     },
 )
 _register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))
+
+
+def _conv_relu_backward(grad, x, joined, weight, scale, shift, needs, backend):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    maps = (x if joined is None else torch.cat([x, joined], 1)).to(wide)
+    kernel, factor = weight.to(wide), scale.to(wide)[:, None, None]
+    convolved = F.conv2d(maps, kernel, padding=1)
+    grad = torch.where(torch.addcmul(shift.to(wide)[:, None, None], convolved, factor) > 0, grad.to(wide), 0)
+    wanted = (needs[0] or needs[1], needs[2], False)
+    unit = [1, 1]
+    grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad * factor, maps, kernel, None, unit, unit, unit, False, [0, 0], 1, wanted
+    )
+    grad_x, grad_joined = (
+        (None, None) if grad_maps is None else grad_maps.split((x.shape[1], maps.shape[1] - x.shape[1]), 1)
+    )
+    sums = (grad * convolved).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    return tuple(
+        empty_for(tensor, needed).copy_(gradient) if needed else empty_for(x, False)
+        for tensor, gradient, needed in zip(
+            (x, joined, weight, scale, shift), (grad_x, grad_joined, grad_weight, *sums), needs, strict=True
+        )
+    )
+
+
+def _conv_relu_setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_relu_gradients(ctx, grad):
+    needs = ctx.needs_input_grad[:5]
+    grads = torch.ops.mitnet_fast.conv_relu_backward(grad, *ctx.saved_tensors, needs, ctx.backend)
+    return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None
+
+
+_CONV_RELU = "Tensor x, Tensor? joined, Tensor weight, Tensor scale, Tensor shift"
+define(
+    f"conv_relu({_CONV_RELU}, str backend) -> Tensor",
+    lambda *arguments: EXTENSION.conv_relu_forward(*arguments[:-1]),
+    lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0]),
+)
+define(
+    f"conv_relu_backward(Tensor grad, {_CONV_RELU}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _conv_relu_backward,
+    lambda grad, x, *others: tuple(
+        empty_for(x if tensor is None else tensor, needed)
+        for tensor, needed in zip((x, *others[:4]), others[4], strict=True)
+    ),
+)
+differentiate("conv_relu", _conv_relu_setup, _conv_relu_gradients)

@@ -6,12 +6,13 @@ Every function is differentiable by autograd and works in any floating-point dty
 
 from .amplitude_phase import amplitude_and_phase, amplitude_phase_conv, half_spectrum, recombine
 from .dynamic_filter import dynamic_filter, predicted_dynamic_filter
-from .feature_mixing import dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
+from .feature_mixing import conv_relu, dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
 from .window_attention import window_attention
 
 __all__ = [
     "amplitude_and_phase",
     "amplitude_phase_conv",
+    "conv_relu",
     "dense_block",
     "dynamic_filter",
     "half_spectrum",

@@ -1,4 +1,4 @@
-"""Feature mixing in plain PyTorch: the parts of a LEGM block, the dilated dense block."""
+"""Feature mixing in plain PyTorch: the parts of a LEGM block, the dilated dense block, conv-ReLU."""
 
 from __future__ import annotations
 
@@ -94,6 +94,17 @@ def dense_block(
         added = F.relu(F.conv2d(features, weight, bias, padding=2, dilation=2))
         features = torch.cat([features, added], 1)
     return F.relu(_pointwise(features, fuse_weight, fuse_bias)) + x
+
+
+def conv_relu(
+    x: torch.Tensor, joined: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """y = ReLU(scale·conv3×3([x, joined]) + shift), zeros around the map.
+
+    Args and result as in :func:`mitnet_fast.ops.conv_relu`.
+    """
+    maps = x if joined is None else torch.cat([x, joined], 1)
+    return F.relu(torch.addcmul(shift[:, None, None], F.conv2d(maps, weight, padding=1), scale[:, None, None]))
 
 
 def dense_layers(

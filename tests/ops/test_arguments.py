@@ -54,6 +54,11 @@ def qkv_arguments(**changes):
     return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
 
 
+def conv_arguments(**changes):
+    tensors = {"x": torch.zeros(2, 3, 5, 6), "joined": torch.zeros(2, 2, 5, 6), "weight": torch.zeros(3, 5, 3, 3)}
+    return tensors | {"scale": torch.zeros(3), "shift": torch.zeros(3)} | changes
+
+
 WRONG = [
     (ops.dynamic_filter, filter_arguments(x=1.0), TypeError, r"x: expected a tensor \[B, C, H, W\], got float"),
     (ops.dynamic_filter, filter_arguments(x=torch.zeros(3, 4, 5)), ValueError, r"x: expected shape .*got \[3, 4, 5\]"),
@@ -114,6 +119,10 @@ WRONG = [
     (ops.normalized_qkv, qkv_arguments(query_key_weight=torch.zeros(4, 4)), ValueError, r"query_key.*\[8, 4\]"),
     (ops.normalized_qkv, qkv_arguments(x=torch.zeros(2, 4, 0, 6)), ValueError, "x: needs at least one channel and one"),
     (ops.local_global_mixing, global_arguments(rescale=torch.zeros(4)), ValueError, r"rescale: .*\[B, C\]"),
+    (ops.conv_relu, conv_arguments(joined=torch.zeros(2, 2, 5, 5)), ValueError, r"joined: .*\[2, 2, 5, 6\]"),
+    (ops.conv_relu, conv_arguments(joined=None), ValueError, r"weight: .*\[3, 3, 3, 3\], got \[3, 5, 3, 3\]"),
+    (ops.conv_relu, conv_arguments(weight=torch.zeros(0, 5, 3, 3)), ValueError, "weight: needs at least one output"),
+    (ops.conv_relu, conv_arguments(shift=torch.zeros(4)), ValueError, r"shift: .*\[Co\] = \[3\]"),
 ]  # fmt: skip
 
 
@@ -133,6 +142,7 @@ RIGHT = [
     (ops.local_global_mixing, global_arguments),
     (ops.normalized_qkv, qkv_arguments),
     (ops.dense_block, dense_arguments),
+    (ops.conv_relu, conv_arguments),
 ]
 
 

@@ -24,6 +24,7 @@ CAPABILITY_FLAGS = dict(
 )
 CALLS = {  # of each seed
     "amplitude_phase": 60,
+    "conv_relu": 60,
     "dense_block": 30,
     "dynamic_filter": 100,
     "feature_mixing": 60,

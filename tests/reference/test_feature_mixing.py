@@ -90,3 +90,22 @@ def test_the_dense_block_layer_by_layer():
     flat = torch.cat([weight.flatten() for weight in weights])
     actual = reference.dense_block(x, flat, biases, fuse_weight, fuse_bias)
     torch.testing.assert_close(actual, fused.clamp(min=0) + x)
+
+
+def test_the_conv_relu_at_each_pixel():
+    x, joined, weight, scale, shift = (
+        numbers(2, 3, 4, 5),
+        numbers(2, 1, 4, 5),
+        numbers(6, 4, 3, 3),
+        numbers(6),
+        numbers(6),
+    )
+    maps = torch.zeros(2, 4, 4 + 2, 5 + 2, dtype=torch.float64)  # surrounded by zeros
+    maps[:, :3, 1:-1, 1:-1], maps[:, 3:, 1:-1, 1:-1] = x, joined
+    expected = torch.empty(2, 6, 4, 5, dtype=torch.float64)
+    for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(5)).tolist():
+        value = torch.einsum("oiyx,biyx->bo", weight, maps[:, :, row : row + 3, column : column + 3])
+        expected[:, :, row, column] = (scale * value + shift).clamp(min=0)
+    torch.testing.assert_close(reference.conv_relu(x, joined, weight, scale, shift), expected)
+    alone = reference.conv_relu(torch.cat([x, joined], 1), None, weight, scale, shift)
+    torch.testing.assert_close(alone, expected)

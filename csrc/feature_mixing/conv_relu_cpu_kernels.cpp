@@ -1,0 +1,225 @@
+// Compiled once per instruction set. Winograd's F(2×2, 3×3): the weights are transformed once for a call and
+// packed by panels of output channels. A task takes a strip of consecutive 4×4 tiles and some of the panels:
+// it transforms the tiles into second-level cache, where for each of the 16 points a product over all input
+// channels follows, and transforms the products of one panel back at a time. Nothing but the result is
+// written to maps, and the two inputs are read where they lie.
+
+#include "common/winograd_cpu.h"
+#include "feature_mixing/feature_mixing_cpu.h"
+#include "feature_mixing/tiles_cpu.h"
+
+namespace mitnet_fast {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int taps = 9;
+constexpr int64_t panel_vectors = 2;
+constexpr int64_t fewest_tiles = 48;  // of a strip: every strip reads all transformed weights
+constexpr int64_t few_tasks = 8;      // of small maps, whose panels are shared out as well
+
+template <typename S>
+struct ConvRelu {
+  using T = Arithmetic<S>;
+  static constexpr int64_t lanes = Vec<T>::size(), panel = panel_vectors * lanes;
+
+  const ConvReluForward& call;
+  const ConvReluShape& shape = call.shape;
+  const int64_t depth = shape.channels + shape.joined_channels, columns = channel_pitch<T>(shape.out_channels);
+  // one vector more than the channels: a pitch of a power of two would map all pixels to the same few sets of the cache
+  const int64_t pitch = channel_pitch<T>(depth) + lanes;
+  const int64_t tile_columns = divide_up(shape.width, winograd_outputs);
+  const int64_t tiles_of_sample = divide_up(shape.height, winograd_outputs) * tile_columns;
+  const int64_t tiles = shape.batch * tiles_of_sample;
+  // half of the cache for the transformed tiles, the rest for weights, products and pixels
+  const int64_t most_tiles =
+      larger(fewest_tiles, cache / 2 / (winograd_points * pitch * static_cast<int64_t>(sizeof(T))));
+  const int64_t strips = divide_up(tiles, most_tiles);
+  const int64_t strip_tiles = round_up(divide_up(tiles, larger(strips, 1)), row_step);
+  const int64_t panels = divide_up(columns, panel);
+  const int64_t groups = smaller(panels, divide_up(few_tasks, larger(strips, 1)));  // of panels
+  const int64_t tasks = strips * groups;
+  const int64_t values_pitch = strip_tiles * pitch + lanes;           // from point to point
+  const int64_t products_pitch = strip_tiles * panel + lanes;         // from point to point
+  const int64_t row_pixels = 2 * smaller(strip_tiles, tile_columns);  // of a strip's results
+
+  struct Weights {
+    T *points, *scale, *shift;
+  };
+
+  Weights take_weights(Arena& arena) const {
+    return {arena.take<T>(winograd_points * (depth * columns + panels * lanes)), arena.take<T>(columns),
+            arena.take<T>(columns)};
+  }
+
+  struct Scratch {
+    T *pixels, *values, *products, *results;
+  };
+
+  Scratch scratch(Arena& arena) const {
+    return {arena.take<T>(winograd_tile * (row_pixels + 2) * pitch), arena.take<T>(winograd_points * values_pitch),
+            arena.take<T>(winograd_points * products_pitch), arena.take<T>(winograd_outputs * row_pixels * panel)};
+  }
+
+  T* take_taps(Arena& arena) const { return arena.take<T>(lanes * taps * lanes); }
+
+  int64_t workspace_bytes(int threads) const {
+    Arena arena(nullptr), one(nullptr);
+    take_weights(arena);
+    take_taps(one);
+    return arena.bytes() + larger(scratch_bytes(*this, threads), smaller(threads, columns / lanes) * one.bytes());
+  }
+
+  void launch(void* workspace, int threads) const {
+    Arena arena(workspace);
+    const Weights weights = take_weights(arena);
+    if (tiles == 0) return;
+    Arena one(nullptr);
+    take_taps(one);
+    parallel_tasks(columns / lanes, threads, [&](int64_t task, int thread) {
+      Arena own(arena.rest() + thread * one.bytes());
+      pack(task * lanes, weights, take_taps(own));
+    });
+    fill_vector<S>(call.scale, shape.out_channels, weights.scale);
+    fill_vector<S>(call.shift, shape.out_channels, weights.shift);
+    for_each_task(*this, arena.rest(), threads, [&](int64_t task, const Scratch& own) {
+      const int64_t strip = task / groups, group = task % groups;
+      compute(strip * strip_tiles, smaller(tiles, (strip + 1) * strip_tiles), group * panels / groups,
+              (group + 1) * panels / groups, weights, own);
+    });
+  }
+
+  int64_t panel_width(int64_t column) const { return smaller(panel, columns - column); }
+  int64_t weights_pitch(int64_t width) const { return depth * width + lanes; }  // from point to point
+  int64_t place_of(int64_t column) const { return winograd_points * (column * depth + column / panel * lanes); }
+
+  // Panels follow each other, each 16 times [depth, width]. One vector of columns at a time is transformed.
+  void pack(int64_t column, const Weights& weights, T* own) const {
+    const int64_t first = column / panel * panel, width = panel_width(first);
+    const int64_t count = smaller(lanes, shape.out_channels - column);
+    T* const packed = weights.points + place_of(first) + column - first;
+    const S* const from = static_cast<const S*>(call.weight) + column * depth * taps;
+    if (count < lanes) __builtin_memset(own, 0, lanes * taps * lanes * sizeof(T));
+    for (int64_t begin = 0; begin < depth; begin += lanes) {
+      const int64_t channels = smaller(lanes, depth - begin);
+      if (call.weight_is_channels_last) {
+        for (int tap = 0; tap < taps; ++tap)
+          transpose(from + tap * depth + begin, depth * taps, own + tap * lanes * lanes, lanes, count, channels);
+      } else {
+        transpose(from + begin * taps, depth * taps, own, lanes, count, channels * taps);
+      }
+      const int64_t tap_pitch = call.weight_is_channels_last ? lanes * lanes : lanes;
+      const int64_t channel_pitch = call.weight_is_channels_last ? lanes : taps * lanes;
+      for (int64_t k = 0; k < channels; ++k) {
+        transform_both<3, 4, Vec<T>>(
+            [](const auto& in, auto& out) { transform_weights(in, out); },
+            [&](int i, int j) { return Vec<T>::loadu(own + k * channel_pitch + (i * 3 + j) * tap_pitch); },
+            [&](int i, int j, const Vec<T>& value) {
+              value.store(packed + (i * winograd_tile + j) * weights_pitch(width) + (begin + k) * width);
+            });
+      }
+    }
+  }
+
+  // A part of a strip that lies in one row of tiles.
+  struct Segment {
+    int64_t sample, row, column, count;
+  };
+
+  template <typename Function>
+  void for_each_segment(int64_t begin, int64_t end, Function function) const {
+    for (int64_t tile = begin; tile < end;) {
+      const int64_t place = tile % tiles_of_sample, column = place % tile_columns;
+      const int64_t count = smaller(end - tile, tile_columns - column);
+      function(Segment{tile / tiles_of_sample, place / tile_columns, column, count}, tile - begin);
+      tile += count;
+    }
+  }
+
+  void compute(int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel, const Weights& weights,
+               const Scratch& own) const {
+    for_each_segment(begin, end, [&](const Segment& segment, int64_t place) {
+      load(segment, own.pixels);
+      transform_segment(segment, own.pixels, own.values + place * pitch);
+    });
+    for (int64_t column = first_panel * panel; column < smaller(columns, last_panel * panel); column += panel) {
+      const int64_t width = panel_width(column);
+      for (int point = 0; point < winograd_points; ++point) {
+        T* const products = own.products + point * products_pitch;
+        multiply_pixels<false>(
+            own.values + point * values_pitch, pitch, end - begin,
+            weights.points + place_of(column) + point * weights_pitch(width), width, width, depth,
+            [&](int64_t row, int64_t j, const Vec<T>& sum) { sum.store(products + row * width + j); });
+      }
+      for_each_segment(begin, end, [&](const Segment& segment, int64_t place) {
+        finish(segment, own.products + place * width, column, weights, own.results);
+      });
+    }
+  }
+
+  // The pixels that a segment's tiles see, zeros where there is no image.
+  void load(const Segment& segment, T* pixels) const {
+    const int64_t seen = 2 * segment.count + 2, row_pitch = seen * pitch;
+    const int64_t first = larger(0, 2 * segment.column - 1), skipped = first - (2 * segment.column - 1);
+    const int64_t width = smaller(shape.width, 2 * segment.column - 1 + seen) - first;
+    for (int64_t i = 0; i < winograd_tile; ++i, pixels += row_pitch) {
+      const int64_t row = 2 * segment.row - 1 + i;
+      if (row < 0 || row >= shape.height) {
+        __builtin_memset(pixels, 0, row_pitch * sizeof(T));
+        continue;
+      }
+      __builtin_memset(pixels, 0, skipped * pitch * sizeof(T));
+      __builtin_memset(pixels + (skipped + width) * pitch, 0, (seen - skipped - width) * pitch * sizeof(T));
+      const Tile tile{segment.sample, row, first, 1, width};
+      load_pixels<S>(call.x, shape.channels, tile, pixels + skipped * pitch, 0, pitch);
+      if (shape.joined_channels)
+        load_pixels<S>(call.joined, shape.joined_channels, tile, pixels + skipped * pitch + shape.channels, 0, pitch);
+    }
+  }
+
+  void transform_segment(const Segment& segment, const T* pixels, T* values) const {
+    const int64_t row_pitch = (2 * segment.count + 2) * pitch;
+    for (int64_t tile = 0; tile < segment.count; ++tile, pixels += 2 * pitch, values += pitch) {
+      for (int64_t c = 0; c < depth; c += lanes) {
+        transform_both<4, 4, Vec<T>>(
+            [](const auto& in, auto& out) { transform_values(in, out); },
+            [&](int i, int j) { return Vec<T>::loadu(pixels + i * row_pitch + j * pitch + c); },
+            [&](int i, int j, const Vec<T>& value) {
+              value.store(values + (i * winograd_tile + j) * values_pitch + c);
+            });
+      }
+    }
+  }
+
+  void finish(const Segment& segment, const T* products, int64_t column, const Weights& weights, T* results) const {
+    const int64_t width = panel_width(column), channels = smaller(panel, shape.out_channels - column);
+    const int64_t row_pitch = 2 * segment.count * width;
+    for (int64_t c = 0; c < width; c += lanes) {
+      const Vec<T> scale = Vec<T>::loadu(weights.scale + column + c), shift = Vec<T>::loadu(weights.shift + column + c);
+      for (int64_t tile = 0; tile < segment.count; ++tile) {
+        const T* const from = products + tile * width + c;
+        T* const to = results + 2 * tile * width + c;
+        transform_both<4, 2, Vec<T>>(
+            [](const auto& in, auto& out) { transform_products(in, out); },
+            [&](int i, int j) { return Vec<T>::loadu(from + (i * winograd_tile + j) * products_pitch); },
+            [&](int i, int j, const Vec<T>& value) {
+              at::vec::maximum(at::vec::fmadd(value, scale, shift), Vec<T>(0)).store(to + i * row_pitch + j * width);
+            });
+      }
+    }
+    MapView y = call.y;
+    y.data = static_cast<S*>(y.data) + column * y.stride_c;
+    const Tile tile{segment.sample, 2 * segment.row, 2 * segment.column, smaller(2, shape.height - 2 * segment.row),
+                    smaller(2 * segment.count, shape.width - 2 * segment.column)};
+    store_pixels<S>(results, row_pitch, channels, tile, y);
+  }
+};
+
+}  // namespace
+
+extern const ConvReluCpuKernels conv_relu_kernels;
+const ConvReluCpuKernels conv_relu_kernels = {
+    {workspace_bytes<ConvRelu, ConvReluForward>, launch<ConvRelu, ConvReluForward>},
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace mitnet_fast
