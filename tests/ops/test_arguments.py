@@ -147,7 +147,7 @@ RIGHT = [
 
 
 def has_samples(name, value):
-    return value.dim() == 4 or name in ("rescale", "rebias")
+    return (value.dim() == 4 and name != "weight") or name in ("rescale", "rebias")
 
 
 def filled(arguments, dtype=torch.float32, batch=None):
