@@ -30,7 +30,8 @@ def double(level: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (28, 44), (60, 32), (20, 52)])
-def test_values_are_those_of_the_equations(module, size):
+@pytest.mark.parametrize("gradients", [True, False])  # without, convolutions of large maps are fused
+def test_values_are_those_of_the_equations(module, size, gradients):
     image = golden.uniform("image", (2, 3, *size))
     encoded = [double(module.encoder[0], image)]
     for level in module.encoder[1:]:
@@ -47,10 +48,22 @@ def test_values_are_those_of_the_equations(module, size):
         x = double(level, torch.cat([skip, enlarged], 1))
         decoded.append(x)
     expected = (decoded[1], decoded[2], F.conv2d(decoded[3], module.out.weight, module.out.bias))
-    actual = module(image)
+    with torch.set_grad_enabled(gradients):
+        actual = module(image)
     for ours, formula, channels, scale in zip(actual, expected, module.out_channels, (4, 2, 1), strict=True):
         assert ours.shape == (2, channels, size[0] // scale, size[1] // scale)
         assert golden.relative_error(ours, formula) < 1e-13
+
+
+def test_the_fused_convolutions_follow_their_parameters(module):
+    image = golden.uniform("image", (2, 3, 44, 28))
+    with torch.no_grad():
+        module(image)
+        for parameter in module.parameters():
+            parameter.mul_(1.1)
+        actual = module(image)
+    for ours, plain in zip(actual, module(image), strict=True):
+        assert golden.relative_error(ours, plain) < 1e-13
 
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 12), (18, 16), (16, 30)])

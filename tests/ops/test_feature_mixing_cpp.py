@@ -3,6 +3,7 @@
 What holds for the compiled kernels of every operator is in test_kernels.py, on smaller maps.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -169,3 +170,20 @@ def test_bad_arguments_of_the_launchers_are_errors(name):
     refused(TypeError, f"{first}: dtype Half is not supported, allowed: float32", **{first: good[first].half()})
     refused(ValueError, "grad: expected shape", grad=grad[..., 1:])
     refused(ValueError, f"needs: expected {len(good)} entries, got {len(good) + 1}", needs=[*needs, True])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_conv_relu_depends_neither_on_threads_nor_on_layouts(sizes):
+    spec = next(spec for spec in SPECS if spec.name == "conv_relu")
+    case = replace(spec.typical, sizes=spec.typical.sizes | sizes | {"out": 50})
+    assert all(result.passed for result in compare(spec, case, "cpp"))
+    expected = spec.run(case, spec.inputs(case), "cpp")
+    before = torch.get_num_threads()
+    try:
+        for threads, layout in itertools.product((1, 2, 3), ("contiguous", "channels_last", "strided")):
+            torch.set_num_threads(threads)
+            tensors = spec.inputs(replace(case, layout=layout))
+            tensors["weight"] = tensors["weight"].contiguous(memory_format=torch.channels_last)
+            assert torch.equal(spec.run(case, tensors, "cpp"), expected), (threads, layout)
+    finally:
+        torch.set_num_threads(before)
