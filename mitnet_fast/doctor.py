@@ -19,8 +19,9 @@ from rich.text import Text
 
 from . import __version__
 from ._extension import EXTENSION, WHY_NOT
-from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _feature_mixing, _window_attention
+from .ops import BACKENDS
 from .ops._backends import BackendError, Kernels, choose, why_not
+from .verify import KERNELS
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ class Ability:
 def abilities() -> list[Ability]:
     """Every kernel family × backend × device type; on a type of which there is no device only that is said."""
     found = []
-    for family in (_dynamic_filter, _amplitude_phase, _window_attention, _feature_mixing):
-        kernels = family.KERNELS
+    for kernels in KERNELS.values():
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
                 found.append(Ability(kernels.family, "any", device, False, "PyTorch sees no GPU"))

@@ -23,10 +23,8 @@ from .ops._backends import FAMILIES, Kernels, why_not
 from .specs import SPECS, Case, Comparison, OpSpec, compare
 
 KERNELS: dict[str, Kernels] = {
-    "dynamic_filter": _dynamic_filter.KERNELS,
-    "window_attention": _window_attention.KERNELS,
-    "amplitude_phase": _amplitude_phase.KERNELS,
-    "feature_mixing": _feature_mixing.KERNELS,
+    module.KERNELS.family: module.KERNELS
+    for module in (_dynamic_filter, _amplitude_phase, _window_attention, _feature_mixing)
 }
 
 

@@ -186,7 +186,16 @@ def versions() -> dict[str, str]:
 
 
 def build_network(system: object, config: object, source: Path) -> nn.Module:
-    """A network from what a card says; ``source`` is the file that said it."""
+    """A network from what a card says.
+
+    Args:
+        system: name of the network.
+        config: its constructor's arguments.
+        source: the file that said so, for messages.
+
+    Raises:
+        WeightsError: no such network, or not its arguments.
+    """
     if not isinstance(system, str) or system not in NETWORKS:
         raise WeightsError(f"{source}: system is {system!r}, known are {', '.join(NETWORKS)}")
     try:

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from mitnet_fast.cli import app
 from mitnet_fast.models import DepthNet
 from mitnet_fast.weights import save_weights
 
-COMMANDS = ["doctor", "demo", "train", "dehaze", "evaluate", "verify", "data"]
+COMMANDS = [["data", "check"], ["data", "depth"], *([name] for name in typer.main.get_command(app).commands)]
 
 
 def run(*words):
@@ -30,12 +31,17 @@ def test_version():
     assert run("--version").output.strip() == f"mitnet-fast {__version__}"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command):
-    answer = run(command, "--help")
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_and_every_option_explains_itself(command):
+    answer = run(*command, "--help")
     assert answer.exit_code == 0
     assert "Usage:" in answer.output
-    assert command in run("--help").output
+    assert command[-1] in run(*command[:-1], "--help").output
+    found = typer.main.get_command(app)
+    for name in command:
+        found = found.commands[name]
+    assert found.help
+    assert not [parameter.name for parameter in found.params if not parameter.help]
 
 
 def test_doctor_says_what_is_here():

@@ -101,6 +101,9 @@ def read_image(path: str | PathLike[str]) -> ImageFile:
     Args:
         path: grey, RGB, palette, CMYK or 1-bit; with or without transparency; 8 or 16 bits.
 
+    Returns:
+        Its samples as RGB, with everything else that a result should keep.
+
     Raises:
         ImageError: missing, empty, truncated, no image, of a kind that cannot be read without loss, or with more than
             twice as many pixels as ``PIL.Image.MAX_IMAGE_PIXELS``.
@@ -182,6 +185,12 @@ def open_image(path: str | PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file with Pillow, its header read.
 
     Whatever fails inside the block becomes an ImageError, and what Pillow warns of is not shown.
+
+    Args:
+        path: of the file, whatever its extension.
+
+    Raises:
+        ImageError: missing, empty, no image, too large, or damaged as far as it is read.
     """
     path = Path(path)
     try:

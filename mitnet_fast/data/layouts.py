@@ -319,6 +319,9 @@ def recognise(root: str | PathLike[str], layout: str | None = None) -> Recognise
         root: the set's folder.
         layout: one of `LAYOUTS`, when several fit; None finds it out.
 
+    Returns:
+        The layout, and the pairs of every split.
+
     Raises:
         ValueError: unknown ``layout``.
         DataError: no layout fits, or several pair the images differently.
@@ -355,6 +358,9 @@ def check(root: str | PathLike[str], layout: str | None = None, *, decode: bool 
         root: the set's folder.
         layout: one of `LAYOUTS`; None finds it out.
         decode: decode every image whole instead of reading its header; finds truncated files, takes much longer.
+
+    Returns:
+        Everything that was found, right and wrong, as a :class:`Report`.
 
     Raises:
         ValueError: unknown ``layout``.

@@ -95,6 +95,9 @@ class PairedImages(Dataset[dict[str, torch.Tensor | str]]):
 
         Args:
             epoch: ≥ 0.
+
+        Raises:
+            ValueError: it is negative.
         """
         if epoch < 0:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")

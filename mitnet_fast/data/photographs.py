@@ -123,6 +123,15 @@ def planar_ramp(height: int, width: int, *, near: float = 2.0, far: float = 5.0)
 
     The default span is that of the motorcycle's measured depth (2.1 m to 5.0 m), so one range of scattering
     coefficients fits both.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        near: depth of the bottom row, metres, above 0.
+        far: depth of the top row, metres, at least ``near``.
+
+    Raises:
+        ValueError: depths that are none.
     """
     if not 0 < near <= far:
         raise ValueError(f"need 0 < near ≤ far, got near={near}, far={far}")

@@ -119,6 +119,9 @@ def estimate_depth(
         overwrite: compute maps anew that are there.
         progress: called with the number of images done and of all.
 
+    Returns:
+        What was computed, what was there, and what failed with its reason.
+
     Raises:
         ValueError: unknown ``kind`` or ``layout``, a teacher whose values run the other way on the test picture or
             have nothing to do with its depth, or maps of another teacher in the folder.

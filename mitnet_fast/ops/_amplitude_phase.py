@@ -6,6 +6,8 @@ backward operator, which computes the spectrum again: nothing but the inputs is 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from .. import reference
@@ -133,7 +135,7 @@ def widened(tensor: torch.Tensor, like: torch.dtype) -> torch.Tensor:
     return tensor.to(torch.float64 if like == torch.float64 else torch.float32)
 
 
-def launchers(backend: str):
+def launchers(backend: str) -> ModuleType:
     """The module that has the launchers of a compiled backend."""
     return EXTENSION if backend == "cpp" else triton_kernels("amplitude_phase")
 

@@ -111,7 +111,7 @@ def use_backend(backend: str | None = None, **families: str) -> Iterator[None]:
     Args:
         backend: "reference", "cpp" or "triton" for every family that has kernels of it for the device,
             plain PyTorch for the others; None to name families only.
-        **families: ``dynamic_filter=…``, ``amplitude_phase=…``, ``window_attention=…``.
+        **families: ``dynamic_filter=…``, ``amplitude_phase=…``, ``window_attention=…``, ``feature_mixing=…``.
 
     Raises:
         ValueError: an unknown backend or family.

@@ -57,6 +57,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Args:
         path: of the file.
 
+    Returns:
+        What was written, by name.
+
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: damaged, cut off, or no checkpoint of a training run of this version.

@@ -272,6 +272,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             preset they name, or else from the defaults of their ``system``.
         overrides: ``section.field=value``, value in YAML; later ones win.
 
+    Returns:
+        The whole configuration, every value checked.
+
     Raises:
         ConfigError: no such preset or file, not YAML, or fields that are unknown or out of range.
     """

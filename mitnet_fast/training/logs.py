@@ -65,7 +65,14 @@ class CsvLog:
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; the first one gives the header."""
+        """Append a row; the first one gives the header.
+
+        Args:
+            row: values by column.
+
+        Raises:
+            OSError: the file cannot be written; the error names it.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
         if not self.path.exists():

@@ -151,6 +151,9 @@ def train(
         progress: show a progress bar.
         console: to show it on.
 
+    Returns:
+        What was done, and the scores.
+
     Raises:
         ConfigError: a field is missing, or does not fit the data or the checkpoint.
         RunFolderError: ``run_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given, or

@@ -1,10 +1,13 @@
 """Which backend a call gets, and what is said when one asked for by name cannot run."""
 
+import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ import torch
 from mitnet_fast import ops
 from mitnet_fast.ops import _backends
 from mitnet_fast.ops._backends import Kernels, choose, why_not
+from mitnet_fast.specs import SPECS
 from mitnet_fast.verify import KERNELS
 
+ROOT = Path(__file__).parents[2]
 EVERYWHERE = frozenset({torch.float32})
 
 
@@ -187,6 +192,46 @@ def test_preferences_name_backends_and_what_they_rest_on():
             assert set(entry["order"]) <= set(ops.BACKENDS)
             assert entry["order"][-1] == "reference"
             assert entry["rests_on"]
+
+
+def test_a_kernel_is_preferred_where_it_was_measured_to_be_faster():
+    for family, devices in _backends.PREFERENCES.items():
+        for device, entry in devices.items():
+            first = entry["order"][0]
+            if first == "reference":  # nothing was measured that could be preferred
+                assert not Path(entry["rests_on"]).suffix
+                continue
+            rows = json.loads((ROOT / entry["rests_on"]).read_text())
+            operators = {spec.name for spec in SPECS if spec.family == family}
+            measured = [row for row in rows if row["name"] in operators and row["implementation"] == first]
+            assert measured, (family, device)
+            assert statistics.median(row["speedup"] for row in measured) > 1.0, (family, device)
+
+
+class OnGpu:
+    """What the choice of precision looks at."""
+
+    def __init__(self, dtype=torch.float32, is_cuda=True):
+        self.dtype, self.is_cuda = dtype, is_cuda
+
+
+@pytest.mark.parametrize(
+    ("allowed", "setting", "other"),
+    [
+        (_backends.convolution_tf32, torch.backends.cudnn.conv, torch.backends.cuda.matmul),
+        (_backends.matmul_tf32, torch.backends.cuda.matmul, torch.backends.cudnn.conv),
+    ],
+    ids=["convolution", "matmul"],
+)
+def test_tf32_follows_the_setting_of_what_a_kernel_replaces(allowed, setting, other):
+    before = setting.fp32_precision, other.fp32_precision
+    try:
+        for setting.fp32_precision, other.fp32_precision in (("ieee", "tf32"), ("tf32", "ieee")):
+            assert allowed(OnGpu()) is (setting.fp32_precision == "tf32")
+            assert not allowed(OnGpu(torch.bfloat16))
+            assert not allowed(OnGpu(is_cuda=False))
+    finally:
+        setting.fp32_precision, other.fp32_precision = before
 
 
 def _python(code, value):
