@@ -208,11 +208,15 @@ def load_teacher(name: str = DEFAULT_TEACHER, device: str | torch.device = "cpu"
             "depth teachers need the transformers library: pip install 'mitnet-fast[depth]', or pip install "
             f"transformers ({error})"
         ) from error
-    return _TransformersTeacher(
-        name,
-        AutoImageProcessor.from_pretrained(name),
-        AutoModelForDepthEstimation.from_pretrained(name).to(device).eval(),
-    )
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModelForDepthEstimation.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"teacher: {name} is no folder with a depth network, and the Hugging Face hub does not give one of that "
+            f"name: {' '.join(str(error).split())}"
+        ) from error
+    return _TransformersTeacher(name, processor, model.to(device).eval())
 
 
 class _TransformersTeacher:

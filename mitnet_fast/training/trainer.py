@@ -194,7 +194,8 @@ class _Trainer:
         self.train_set, self.validation_set = datasets or _open_datasets(config)
         self.how_to_resume = f"train again with resume=True and run_dir={str(folder)!r}"
         if datasets is None:
-            self.how_to_resume = f"type: mitnet-fast train --resume --run {folder}"
+            # not --run, which torchrun takes for its own --run-path
+            self.how_to_resume = f"type: mitnet-fast train --resume -r {folder}"
         self.batches = EpochBatches(
             len(self.train_set),
             config.data.batch,

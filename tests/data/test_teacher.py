@@ -235,6 +235,17 @@ def test_a_teacher_sees_8_bit_samples_and_gives_its_map(monkeypatch: pytest.Monk
     assert (values.shape, values.dtype, values.unique().tolist()) == ((5, 7), torch.float32, [102.0])
 
 
+def test_a_teacher_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> None:
+        raise OSError("no\nconnection")
+
+    missing = SimpleNamespace(from_pretrained=offline)
+    stand_in = SimpleNamespace(AutoImageProcessor=missing, AutoModelForDepthEstimation=missing)
+    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+    with pytest.raises(OSError, match=r"teacher: some/teacher is no folder .* of that name: no connection$"):
+        load_teacher("some/teacher")
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("installed", [True] if find_spec("transformers") else [])
 def test_a_teacher_of_transformers(installed: bool, tmp_path: Path) -> None:

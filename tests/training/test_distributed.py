@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
 
 from mitnet_fast.training import build_system, load_checkpoint, trainer
 from mitnet_fast.training.distributed import Processes, join
@@ -158,6 +159,13 @@ def test_the_shares_of_all_processes_are_the_batch():
         assert [len(part) for part in parts] == [2, 2, 2]
     with pytest.raises(ValueError, match=r"data\.batch: got 6, which 4 processes cannot share equally"):
         EpochBatches(24, 6, seed=1, shares=4)
+
+
+def test_torchrun_leaves_the_options_of_the_command_to_it():
+    words = "train --resume -r runs/a -d ITS --data ITS -s a.b=1 --override a.b=2 --checkpoint runs/a/previous.pt"
+    words = [*words.split(), "--overwrite", "--max-steps", "4", "--show"]
+    parsed = torchrun.parse_args(["--nproc-per-node=2", "-m", "mitnet_fast", *words])
+    assert (parsed.training_script, parsed.training_script_args) == ("mitnet_fast", words)
 
 
 def test_one_process_needs_no_others(monkeypatch):

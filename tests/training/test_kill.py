@@ -207,7 +207,7 @@ def test_a_fault_of_the_data_ends_the_command_with_a_message(fault, images, tmp_
     assert process.exitcode == 2, errors
     assert "error:" in errors
     assert {"the set vanishes": str(root / "train"), "the worker is killed": "data.workers"}[fault] in errors
-    assert f"to go on, type: mitnet-fast train --resume --run {folder}" in errors
+    assert f"to go on, type: mitnet-fast train --resume -r {folder}" in errors
     assert "Traceback" not in errors
     if fault == "the set vanishes":
         (tmp_path / "elsewhere").rename(root)
