@@ -208,12 +208,14 @@ def evaluate(
     import torch
 
     from .data import PairedImages
-    from .evaluation import PROTOCOLS
+    from .evaluation import PROTOCOLS, check_csv_path
     from .evaluation import evaluate as run_evaluation
     from .weights import load_weights
 
     interruptible()
 
+    if csv:
+        check_csv_path(csv)
     dataset = PairedImages(folder, None if split == "all" else split, layout=layout)
     model, card = load_weights(weights, _device(device))
     _describe(card)
@@ -223,11 +225,11 @@ def evaluate(
             dataset,
             protocols=protocol or tuple(PROTOCOLS),
             dtype=torch.bfloat16 if half else torch.float32,
-            csv_path=csv,
             progress=advance,
         )
     console.print(evaluation)
-    if csv:
+    if csv:  # last: what was found is shown even if the disk is full
+        evaluation.write_csv(csv)
         _line(f"scores of each image: {csv}")
     if evaluation.failures:
         raise typer.Exit(1)

@@ -261,7 +261,7 @@ def evaluate(
     if not rules:
         raise ValueError(f"protocols: expected at least one of {', '.join(PROTOCOLS)}")
     if csv_path is not None:
-        _check_target(Path(csv_path))
+        check_csv_path(Path(csv_path))
     device = place(model, device)
     images = []
     for index in range(len(dataset)):
@@ -325,8 +325,8 @@ def _check_memory(model: nn.Module, image: torch.Tensor, device: torch.device, d
         )
 
 
-def _check_target(path: Path) -> None:
-    """Raise before hours of work what would be raised after them."""
+def check_csv_path(path: Path) -> None:
+    """Raise OSError before hours of work where `Evaluation.write_csv` would raise it after them."""
     if path.is_dir():
         raise IsADirectoryError(f"csv_path: {path} is a folder, expected a file")
     if not path.parent.is_dir():

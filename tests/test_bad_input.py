@@ -7,6 +7,8 @@ import resource
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,17 @@ def command(*words: str) -> tuple[int, str]:
         return result.exit_code, result.output
     assert isinstance(result.exception, EXPECTED), result.exception
     return 2, f"{result.output}error: {result.exception}"
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def outputs() -> list[str]:
@@ -154,16 +167,27 @@ def test_sets_of_images_of_many_pixels_give_no_warning(
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif", ".bmp", ".webp"])
 def test_a_full_disk(extension: str, folder: Path) -> None:
     Image.fromarray(picture(2, 2)).save("in/small.bmp")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with full_disk(1000):
         code, said = dehaze("in", "--extension", extension)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1
     assert "File too large" in said
     assert "1 of 2 files" in said
     assert outputs() == [f"small{extension}"]
+
+
+def test_scores_are_shown_though_the_disk_is_full(folder: Path) -> None:
+    for place in ("set/GT", "set/hazy"):
+        Path(place).mkdir(parents=True)
+        Path(place, "a.png").write_bytes(Path("in/good.png").read_bytes())
+    words = ("evaluate", "set", "-w", "w.safetensors", "--device", "cpu", "--csv")
+    with full_disk(100):
+        code, said = command(*words, "scores.csv")
+    assert (code, os.path.exists("scores.csv")) == (2, False)
+    assert "│ full-rgb      │ " in said
+    assert said.endswith("File too large: 'scores.csv'")
+    assert sorted(os.listdir()) == ["in", "set", "w.safetensors"]
+    code, said = command(*words, "nowhere/scores.csv")
+    assert (code, said) == (2, "error: csv_path: there is no folder nowhere")
 
 
 @pytest.mark.parametrize(

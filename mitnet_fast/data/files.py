@@ -31,5 +31,9 @@ def atomic_write(path: str | PathLike[str]) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails names no file
     finally:
         temporary.unlink(missing_ok=True)
