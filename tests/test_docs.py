@@ -71,13 +71,15 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image("photo.jpg")
     image("photos/one.png")
     image("photos/below/two.png")
+    image("demo/photographs/test/hazy/one.png")
     torch.manual_seed(0)
-    save_weights(tmp_path / "weights.safetensors", MITNet(width=2, depth=2))
+    for file in ("weights.safetensors", "demo/mitnet-demo.safetensors"):
+        save_weights(tmp_path / file, MITNet(width=2, depth=2))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if any("run" in info for info, _ in blocks(page))], ids=str)
+@pytest.mark.parametrize("page", [page for page in PAGES if any("run" in info for info, _ in blocks(page))], ids=str)
 def test_blocks_that_are_marked_run(page: Path, sandbox: Path) -> None:
     for info, body in blocks(page):
         kind, *options = info.split() or [""]
