@@ -20,7 +20,8 @@ from mitnet_fast.weights import save_weights
 
 IMAGES = 300
 # Python tells of every module that it has imported, on the error stream: moments that can be counted.
-COMMAND = [sys.executable, "-X", "importtime", "-m", "mitnet_fast", "dehaze", "in", "-w", "w.safetensors", "-o", "out"]
+PROGRAM = [sys.executable, "-X", "importtime", "-m", "mitnet_fast"]
+COMMAND = [*PROGRAM, "dehaze", "in", "-w", "w.safetensors", "-o", "out"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 
 
@@ -36,14 +37,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def interrupted(folder: Path, modules: int, seconds: float = 0) -> tuple[int, list[str], list[Path]]:
-    """Stop the command so many modules, at least one, after its handler's, and so many seconds after these.
+def interrupted(
+    folder: Path, modules: int, seconds: float = 0, command: list[str] = COMMAND
+) -> tuple[int, list[str], list[Path]]:
+    """Stop a command so many modules, at least one, after its handler's, and so many seconds after these.
 
     Returns:
         Exit code, the lines of its error stream that are not about imports, and what lies in the output folder.
     """
     process = subprocess.Popen(
-        COMMAND, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     said, started, left = [], False, modules
     for line in process.stderr:
@@ -98,3 +101,26 @@ def test_while_images_are_restored(folder: Path) -> None:
         file.unlink()
     written = [check(folder, imported, random.Random(seed).uniform(0, 1.5)) for seed in range(10)]
     assert 0 < max(written) < IMAGES
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "set", "-w", "w.safetensors", "--csv", "result/scores.csv"],
+        ["export", "-w", "w.safetensors", "-o", "result/w.pt2", "--size", "64x64"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_other_commands(words: list[str], seed: int, folder: Path) -> None:
+    (folder / "set").mkdir(exist_ok=True)
+    for name in ("GT", "hazy"):
+        (folder / "set" / name).unlink(missing_ok=True)
+        (folder / "set" / name).symlink_to(folder / "in")
+    (folder / "result").mkdir(exist_ok=True)
+    moment = random.Random(seed)
+    code, said, _ = interrupted(folder, moment.randrange(1, 1200), moment.uniform(0, 2), [*PROGRAM, *words])
+    assert code == 130, said
+    assert said in ([], ["stopped\n"])
+    assert list((folder / "result").iterdir()) == []
