@@ -199,14 +199,14 @@ class PartRow:
 
 
 @functools.cache
-def count(network: str, batch: int, size: int, backend: str) -> WorkCounter:
+def count(network: str, batch: int, size: int, backend: str | None) -> WorkCounter:
     """Work of one training step of a network.
 
     Args:
         network: "MITNet" or "DCMPNet".
         batch: images.
         size: their side, pixels.
-        backend: of every operator: "reference", or "cpp" for the fused ones.
+        backend: of every operator: "reference", or "cpp" for the fused ones; None for what runs by default.
     """
     model = NETWORKS[network]().train()
     with FakeTensorMode(allow_non_fake_inputs=True), ops.use_backend(backend):

@@ -328,6 +328,13 @@ def test_the_work_of_a_training_step_does_not_grow(network):
     assert parts[work.FUSED].operators >= 2 * sum(called[spec.name] for spec in bench.SPECS) > 20
 
 
+@pytest.mark.parametrize("network", WORK)
+def test_networks_run_the_fused_operators_without_being_told(network):
+    by_default = work.count(network, 8, 256, None).operators
+    assert by_default == work.count(network, 8, 256, "cpp").operators
+    assert sum(by_default[spec.name] for spec in bench.SPECS) > 10
+
+
 def test_work_counts_operands_and_results_of_what_is_no_view():
     with work.WorkCounter() as counter:
         x = torch.ones(2, 3, 4)  # fill, in place of empty memory
