@@ -41,8 +41,9 @@ class DoubleConv(nn.Sequential):
 
     def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
         """[B, C1, H, W] and, if given, [B, C2, H, W] with C1 + C2 = in_channels → [B, channels, H, W]."""
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        if self.training or torch.is_grad_enabled() or pixels < FEWEST_PIXELS:
+        # a graph is made for many sizes: nothing in it may depend on one
+        small = not torch.compiler.is_compiling() and x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS
+        if self.training or torch.is_grad_enabled() or small:
             return super().forward(x if joined is None else torch.cat([x, joined], 1))
         for convolution, norm in ((self[0], self[1]), (self[3], self[4])):
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
