@@ -156,6 +156,30 @@ void add_up(const T* sums, int64_t size, int64_t first, int64_t last, const Summ
   });
 }
 
+// One pixel's channels, filled up with zeros to whole vectors.
+template <typename S, typename T>
+ALWAYS_INLINE void load_channels(const S* from, int64_t channels, T* to) {
+  if constexpr (std::is_same_v<S, T>) {
+    int64_t c = 0;
+    for (; c + Vec<T>::size() <= channels; c += Vec<T>::size()) Vec<T>::loadu(from + c).store(to + c);
+    if (c < channels) Vec<T>::loadu(from + c, channels - c).store(to + c);
+  } else {
+    convert_row(from, to, channels);
+    for (int64_t c = channels; c < channel_pitch<T>(channels); ++c) to[c] = T(0);
+  }
+}
+
+template <typename S, typename T>
+ALWAYS_INLINE void store_channels(const T* from, int64_t channels, S* to) {
+  if constexpr (std::is_same_v<S, T>) {
+    int64_t c = 0;
+    for (; c + Vec<T>::size() <= channels; c += Vec<T>::size()) Vec<T>::loadu(from + c).store(to + c);
+    if (c < channels) Vec<T>::loadu(from + c).store(to + c, static_cast<int>(channels - c));
+  } else {
+    convert_row(from, to, channels);
+  }
+}
+
 // Reads rows × columns of pixels; pixel (i, j) goes to pixels + i·row_pitch + j·pitch. Pixels that lie further
 // apart than whole vectors of channels keep what is behind these.
 template <typename S, typename T>
@@ -169,13 +193,14 @@ void load_pixels(const ConstMapView& map, int64_t channels, const Tile& tile, T*
       convert_row(data, pixels, tile.width * pitch);
       continue;
     }
-    if (channels < filled) {
-      for (int64_t j = 0; j < tile.width; ++j)
-        for (int64_t c = channels; c < filled; ++c) pixels[j * pitch + c] = T(0);
-    }
     if (map.stride_c == 1) {
-      for (int64_t j = 0; j < tile.width; ++j) convert_row(data + j * map.stride_w, pixels + j * pitch, channels);
-    } else if (map.stride_w == 1) {
+      for (int64_t j = 0; j < tile.width; ++j) load_channels(data + j * map.stride_w, channels, pixels + j * pitch);
+      continue;
+    }
+    if (channels < filled) {
+      for (int64_t j = 0; j < tile.width; ++j) Vec<T>(0).store(pixels + j * pitch + filled - Vec<T>::size());
+    }
+    if (map.stride_w == 1) {
       transpose(data, map.stride_c, pixels, pitch, channels, tile.width);
     } else {
       for (int64_t j = 0; j < tile.width; ++j)
@@ -200,7 +225,7 @@ void store_pixels(const T* pixels, int64_t row_pitch, int64_t channels, const Ti
     if (map.stride_c == 1 && map.stride_w == pitch && channels == pitch) {
       convert_row(pixels, data, tile.width * pitch);
     } else if (map.stride_c == 1) {
-      for (int64_t j = 0; j < tile.width; ++j) convert_row(pixels + j * pitch, data + j * map.stride_w, channels);
+      for (int64_t j = 0; j < tile.width; ++j) store_channels(pixels + j * pitch, channels, data + j * map.stride_w);
     } else if (map.stride_w == 1) {
       transpose(pixels, pitch, data, map.stride_c, tile.width, channels);
     } else {

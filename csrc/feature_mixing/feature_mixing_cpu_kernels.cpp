@@ -30,8 +30,8 @@ struct MlpForward {
   const FeatureMixingShape& shape = call.shape;
   const int64_t channels = shape.channels, hidden = shape.hidden;
   const int64_t pitch = channel_pitch<T>(channels), hidden_pitch = channel_pitch<T>(hidden);
-  const Tiling tiling = pointwise_tiling(shape, (2 * pitch + hidden_pitch) * sizeof(T),
-                                         rows_follow(call.x, shape) && rows_follow(call.y, shape));
+  const Tiling tiling = small_pointwise_tiling(shape, (2 * pitch + hidden_pitch) * sizeof(T),
+                                               rows_follow(call.x, shape) && rows_follow(call.y, shape));
   const int64_t pixels = tiling.tile_height * tiling.tile_width;
   const int64_t tasks = shape.batch * tiling.tiles();
 

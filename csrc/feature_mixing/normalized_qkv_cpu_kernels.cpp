@@ -123,7 +123,7 @@ struct QkvForward {
   const FeatureMixingShape& shape = call.shape;
   const int64_t channels = shape.channels, pitch = channel_pitch<T>(channels);
   const int64_t query_key_pitch = channel_pitch<T>(2 * channels);
-  const Tiling tiling = pointwise_tiling(
+  const Tiling tiling = small_pointwise_tiling(
       shape, (2 * pitch + query_key_pitch) * sizeof(T),
       rows_follow(call.x, shape) && rows_follow(call.value, shape) && rows_follow(call.query_key, shape));
   const Normalization<S> normalization{shape, call.x, tiling};

@@ -33,6 +33,15 @@ inline Tiling pointwise_tiling(const FeatureMixingShape& shape, int64_t bytes_pe
   return Tiling(shape.height, shape.width, pixels, 64);
 }
 
+// The same for what sums nothing over pixels: tiles so small that the processor fetches the next one while it
+// computes, and of whole blocks of a product.
+inline Tiling small_pointwise_tiling(const FeatureMixingShape& shape, int64_t bytes_per_pixel, bool is_one_row) {
+  constexpr int64_t first_level_cache = 1 << 16;
+  Tiling tiling = pointwise_tiling(shape, bytes_per_pixel * (cache / first_level_cache), is_one_row);
+  if (is_one_row) tiling.tile_width = smaller(tiling.image_width, round_up(tiling.tile_width, row_step));
+  return tiling;
+}
+
 // Consecutive tiles of one sample, whose sums a task adds up: a function of shapes alone.
 struct Groups {
   int64_t tiles;       // of a sample

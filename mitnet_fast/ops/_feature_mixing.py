@@ -29,6 +29,18 @@ from ._registration import define, differentiate, empty_for, or_empty
 KERNELS = Kernels("feature_mixing", {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})})
 LOCAL_SIZE = 5  # of the depthwise convolution, pixels
 SMALLEST_SIDE = 3  # that reflection can continue by two pixels
+MEANINGS = {  # shapes of what is mixed
+    "value": "[B, C, H, W]",
+    "attended": "[B, C, H, W]",
+    "value_weight": "[C, C]",
+    "value_bias": "[C]",
+    "local_weight": "[C, 5, 5]",
+    "local_bias": "[C]",
+    "proj_weight": "[C, C]",
+    "proj_bias": "[C]",
+    "rescale": "[B, C]",
+    "rebias": "[B, C]",
+}
 
 
 def pointwise_mlp(
@@ -342,25 +354,15 @@ def _mix(name: str, arguments: dict[str, torch.Tensor], backend: str | None) -> 
         raise ValueError(
             f"x: needs at least {SMALLEST_SIDE}×{SMALLEST_SIDE} pixels to be continued by two, got {height}×{width}"
         )
-    meanings = {
-        "value": "[B, C, H, W]",
-        "attended": "[B, C, H, W]",
-        "value_weight": "[C, C]",
-        "value_bias": "[C]",
-        "local_weight": "[C, 5, 5]",
-        "local_bias": "[C]",
-        "proj_weight": "[C, C]",
-        "proj_bias": "[C]",
-        "rescale": "[B, C]",
-        "rebias": "[B, C]",
+    sizes = {
+        "[B, C, H, W]": (batch, channels, height, width),
+        "[C, C]": (channels, channels),
+        "[C, 5, 5]": (channels, LOCAL_SIZE, LOCAL_SIZE),
+        "[C]": (channels,),
+        "[B, C]": (batch, channels),
     }
-    sizes = {"B": batch, "C": channels, "H": height, "W": width, "5": LOCAL_SIZE}
-    shapes = {
-        argument: tuple(sizes[size] for size in meanings[argument].strip("[]").split(", "))
-        for argument in arguments
-        if argument != "x"
-    }
-    return _call(name, arguments, shapes, meanings, backend)
+    shapes = {argument: sizes[MEANINGS[argument]] for argument in arguments if argument != "x"}
+    return _call(name, arguments, shapes, MEANINGS, backend)
 
 
 def _call(

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mitnet_fast import _C
 from mitnet_fast.specs import SPECS, compare, outputs_and_gradients
 from mitnet_fast.verify import poisoned_memory
 from tests.ops.test_dynamic_filter_cpp import far_apart
 
-OPERATORS = ("pointwise_mlp", "local_mixing", "local_global_mixing", "dense_block")
+OPERATORS = ("pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv", "dense_block")
 FAMILY = {spec.name: spec for spec in SPECS if spec.name in OPERATORS}
 # Maps that are cut into several tiles, up and down and side by side, also where the last one is cut off;
 # channels that fill no whole vector; batches whose samples share a group of weight sums.
@@ -53,7 +54,7 @@ def test_tiles_fit_together(name, sizes):
 def results(name, case, needs=None):
     spec = FAMILY[name]
     tensors = spec.inputs(case)
-    gradient = spec.gradient(case, torch.empty(spec.output_shape(case), dtype=case.dtype))
+    gradient = spec.gradient(case, spec.uninitialized(case))
     return outputs_and_gradients(spec, case, tensors, gradient, "cpp", needs)
 
 
@@ -79,7 +80,7 @@ def test_bits_depend_neither_on_threads_nor_on_layouts_nor_on_what_else_is_asked
     with poisoned_memory():
         for wanted in arguments:
             alone = results(name, case, {argument: argument == wanted for argument in arguments})
-            assert alone.keys() == {"y", f"grad_{wanted}"}
+            assert alone.keys() == {*FAMILY[name].results, f"grad_{wanted}"}
             assert not differing(alone, expected), wanted
 
 
@@ -122,7 +123,8 @@ def test_gradients_are_those_of_finite_differences(name):
 def test_every_gradient_has_the_layout_of_its_map(name, layout):
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     found = results(name, case_of(name, {"batch": 2, "channels": 3, "height": 5, "width": 6}, layout=layout))
-    for tensor in ("y", *(f"grad_{argument}" for argument in FAMILY[name].maps)):
+    maps = (tensor for tensor in FAMILY[name].results if found[tensor].dim() == 4)
+    for tensor in (*maps, *(f"grad_{argument}" for argument in FAMILY[name].maps)):
         assert found[tensor].is_contiguous(memory_format=formats[layout]), tensor
 
 
@@ -134,11 +136,12 @@ def test_offsets_beyond_32_bits(name, dimension):
     sizes = {"batch": 3 if dimension == 0 else 1, "channels": 3 if dimension == 1 else 2, "height": 3, "width": 3}
     case = case_of(name, sizes, torch.bfloat16)
     tensors = spec.inputs(case)
-    gradient = spec.gradient(case, torch.empty(spec.output_shape(case), dtype=case.dtype))
+    gradient = spec.gradient(case, spec.uninitialized(case))
     expected = outputs_and_gradients(spec, case, tensors, gradient, "cpp")
     far = {argument: far_apart(t, dimension) if argument in spec.maps else t for argument, t in tensors.items()}
     assert all(far[argument].stride(dimension) == 3 * 2**29 for argument in spec.maps)
-    found = outputs_and_gradients(spec, case, far, far_apart(gradient, dimension), "cpp")
+    far_gradient = tree_map(lambda g: far_apart(g, dimension) if g.dim() == 4 else g, gradient)
+    found = outputs_and_gradients(spec, case, far, far_gradient, "cpp")
     assert not differing(found, expected)
 
 
@@ -148,11 +151,11 @@ def test_bad_arguments_of_the_launchers_are_errors(name):
     spec, case = FAMILY[name], case_of(name, {"batch": 2, "channels": 3, "height": 5, "width": 6})
     good = spec.inputs(case)
     forward, backward = (getattr(_C, f"{name}_{direction}") for direction in ("forward", "backward"))
-    grad, needs = torch.zeros(spec.output_shape(case)), [True] * len(good)
+    grads, needs = tree_leaves(spec.uninitialized(case)), [True] * len(good)
 
-    def refused(error, message, grad=grad, needs=needs, **change):
+    def refused(error, message, grads=grads, needs=needs, **change):
         with pytest.raises(error, match=message):
-            backward(grad, *(good | change).values(), needs)
+            backward(*grads, *(good | change).values(), needs)
         if change:
             with pytest.raises(error, match=message):
                 forward(*(good | change).values())
@@ -168,7 +171,9 @@ def test_bad_arguments_of_the_launchers_are_errors(name):
         )
     refused(ValueError, f"{first}: expected a dense tensor", **{first: good[first][0]})
     refused(TypeError, f"{first}: dtype Half is not supported, allowed: float32", **{first: good[first].half()})
-    refused(ValueError, "grad: expected shape", grad=grad[..., 1:])
+    for place, grad in enumerate(grads):
+        wrong = [*grads[:place], grad[..., 1:], *grads[place + 1 :]]
+        refused(ValueError, r"grad\w*: expected shape", grads=wrong)
     refused(ValueError, f"needs: expected {len(good)} entries, got {len(good) + 1}", needs=[*needs, True])
 
 
