@@ -1,7 +1,9 @@
 // Winograd's minimal filtering F(2×2, 3×3): four results of a 3×3 convolution from 16 products instead of 36
 // (Lavin and Gray, arXiv 1509.09308). With d a tile of 4×4 values and g the weights,
 //   (Bᵀ d B) ⊙ (G g Gᵀ) = m,  Aᵀ m A = the 2×2 results,
-// where m is summed over channels before the last step. Vectors run along channels.
+// where m is summed over channels before the last step. From the gradient r of the results that of the weights is
+//   Gᵀ [(Bᵀ d B) ⊙ (A r Aᵀ)] G,
+// summed over tiles before the last step. Vectors run along channels.
 //
 // To be included by sources that are compiled once per instruction set.
 #pragma once
@@ -38,6 +40,24 @@ template <typename V>
 ALWAYS_INLINE void transform_products(const V (&m)[4], V (&out)[2]) {
   out[0] = m[0] + m[1] + m[2];
   out[1] = m[1] - m[2] - m[3];
+}
+
+// A r
+template <typename V>
+ALWAYS_INLINE void transform_gradients(const V (&r)[2], V (&out)[4]) {
+  out[0] = r[0];
+  out[1] = r[0] + r[1];
+  out[2] = r[0] - r[1];
+  out[3] = r[1].neg();
+}
+
+// Gᵀ u
+template <typename V>
+ALWAYS_INLINE void transform_weight_sums(const V (&u)[4], V (&out)[3]) {
+  const V half(0.5f), even = half * (u[1] + u[2]), odd = half * (u[1] - u[2]);
+  out[0] = u[0] + even;
+  out[1] = odd;
+  out[2] = even + u[3];
 }
 
 // Transforms along both dimensions: load(i, j) gives the values, store(i, j, value) takes the results.

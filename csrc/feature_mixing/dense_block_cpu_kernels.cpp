@@ -1,11 +1,15 @@
 // Compiled once per instruction set. One sample at a time lies in memory as pixels (see pixels_cpu.h) of
-// C + layers·growth channels, surrounded by two pixels of zeros: every convolution reads the channels
-// before its own and writes its own, so that nothing is concatenated. Tasks are bands of rows. The
-// backward computes the features again; their gradients lie in memory the same way:
+// C + layers·growth channels, surrounded by zeros: every convolution reads the channels before its own and
+// writes its own, so that nothing is concatenated. The backward computes the features again; their gradients
+// lie in memory the same way:
 //   grad_fused = grad ⊙ (fused > 0),  grad_features = fuse_weightᵀ·grad_fused, (+ grad for x)
 //   from the last layer to the first, with h its channels:  grad_h ⊙= (h > 0)
 //     grad_weight(tap) = Σ_pixels grad_h·features(p + tap)ᵀ,  grad_features += weight(tap)ᵀ·grad_h(q − tap)
+//
+// All three kinds of convolutions are Winograd's (see winograd_tiles_cpu.h): tasks are strips of tiles, whose
+// transforms stay in the second-level cache, for grad_weight bands of them. All other tasks are bands of rows.
 
+#include "common/winograd_tiles_cpu.h"
 #include "feature_mixing/feature_mixing_cpu.h"
 #include "feature_mixing/tiles_cpu.h"
 
@@ -13,59 +17,9 @@ namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int side = 3, taps = side * side, dilation = 2;
-constexpr int64_t border = dilation * (side / 2);
-constexpr int64_t most_bands = 16, band_pixels = 512;
-
-// Σ_taps Σ_k in[pixel + offsets[tap], k] · weight[(tap·depth + k)·weight_pitch + column] for consecutive pixels.
-template <typename T, int vectors, typename Finish>
-void convolve_columns(const T* in, const int64_t* offsets, int64_t pitch, int64_t pixels, const T* weight,
-                      int64_t weight_pitch, int64_t depth, Finish finish) {
-  constexpr int block = product_block<vectors>;
-  constexpr int64_t lanes = Vec<T>::size();
-  for (int64_t first = 0; first < pixels; first += block) {
-    Vec<T> sum[block][vectors];
-    UNROLLED_FOR(r, block) UNROLLED_FOR(v, vectors) { sum[r][v] = Vec<T>(0); }
-    const T* right = weight;
-    for (int tap = 0; tap < taps; ++tap) {
-      const T* left = in + first * pitch + offsets[tap];
-      for (int64_t k = 0; k < depth; ++k, ++left, right += weight_pitch) {
-        Vec<T> value[vectors];
-        UNROLLED_FOR(v, vectors) { value[v] = load_once(right + v * lanes); }
-        UNROLLED_FOR(r, block) {
-          const Vec<T> factor(left[r * pitch]);
-          UNROLLED_FOR(v, vectors) { sum[r][v] = at::vec::fmadd(factor, value[v], sum[r][v]); }
-        }
-      }
-    }
-    UNROLLED_FOR(r, block) {
-      if (first + r < pixels) UNROLLED_FOR(v, vectors) {
-          finish(first + r, v * lanes, sum[r][v]);
-        }
-    }
-  }
-}
-
-template <typename T, typename Finish>
-void convolve(const T* in, const int64_t* offsets, int64_t pitch, int64_t pixels, const T* weight, int64_t weight_pitch,
-              int64_t depth, Finish finish) {
-  constexpr int64_t lanes = Vec<T>::size();
-  for (int64_t column = 0; column < weight_pitch;) {
-    const auto shifted = [&](int64_t p, int64_t c, const Vec<T>& sum) { finish(p, column + c, sum); };
-    const int64_t left = (weight_pitch - column) / lanes;
-    const T* const panel = weight + column;
-    if (left == 2) {
-      convolve_columns<T, 2>(in, offsets, pitch, pixels, panel, weight_pitch, depth, shifted);
-      column += 2 * lanes;
-    } else if (left == 1) {
-      convolve_columns<T, 1>(in, offsets, pitch, pixels, panel, weight_pitch, depth, shifted);
-      column += lanes;
-    } else {
-      convolve_columns<T, 3>(in, offsets, pitch, pixels, panel, weight_pitch, depth, shifted);
-      column += 3 * lanes;
-    }
-  }
-}
+constexpr int taps = winograd_side * winograd_side, dilation = 2;
+constexpr int64_t border = dilation * (winograd_side / 2);
+constexpr int64_t most_bands = 16, band_pixels = 512, strip_tiles = 48;
 
 // Adds a vector to `count` elements at most.
 template <typename T>
@@ -88,67 +42,65 @@ struct Dense {
   const DenseWeights& weights;
   const int64_t channels = shape.channels, growth = shape.growth, width = shape.width, height = shape.height;
   const int64_t all_channels = channels + layers * growth;
-  const int64_t pitch = channel_pitch<T>(all_channels), growth_pitch = channel_pitch<T>(growth);
-  const int64_t x_pitch = channel_pitch<T>(channels);
+  const int64_t x_pitch = channel_pitch<T>(channels), growth_pitch = channel_pitch<T>(growth);
+  const int64_t fuse_pitch = channel_pitch<T>(all_channels);
+  const int64_t lead = x_pitch - channels;  // zeros before a pixel's channels, so that those of layers are aligned
+  const int64_t pitch = channel_pitch<T>(lead + all_channels);
   const int64_t row_pitch = (width + 2 * border) * pitch;
   const int64_t pixels = height * width;
   // every band has sums of all weights, which outweigh the pixels of a small map
   const int64_t bands = smaller(height, larger(2, smaller(most_bands, pixels / band_pixels)));
+  const WinogradTiles tiles{height, width, dilation};
+  const int64_t tasks = divide_up(tiles.count(), strip_tiles);  // of strips
 
   int64_t depth(int layer) const { return channels + layer * growth; }
   int64_t weight_place(int layer) const {  // in the flat weights
     return growth * taps * (layer * channels + layer * (layer - 1) / 2 * growth);
   }
   int64_t first_row(int64_t band) const { return band * height / bands; }
-  T* row(T* features, int64_t i) const { return features + (i + border) * row_pitch + border * pitch; }
+  int64_t first_tile(int64_t strip) const { return strip * tiles.count() / tasks; }
+  T* row(T* features, int64_t i) const { return features + (i + border) * row_pitch + border * pitch + lead; }
 
   struct Packed {
-    T *forward[layers], *backward[layers];  // [taps, depth, growth] and [taps, growth, depth]
-    T *bias[layers], *fuse_transposed, *fuse, *fuse_bias;
-    int64_t offsets[taps], flipped[taps];
+    T* filters[layers];  // [points, depth, growth]
+    T *bias[layers], *fuse_transposed, *fuse_bias;
   };
 
   Packed pack(Arena& arena) const {
     Packed packed;
     for (int layer = 0; layer < layers; ++layer) {
-      packed.forward[layer] = arena.take<T>(taps * depth(layer) * growth_pitch);
-      packed.backward[layer] = arena.take<T>(taps * growth * channel_pitch<T>(depth(layer)));
+      packed.filters[layer] = arena.take<T>(winograd_points * depth(layer) * growth_pitch);
       packed.bias[layer] = arena.take<T>(growth_pitch);
     }
     packed.fuse_transposed = arena.take<T>(all_channels * x_pitch);
-    packed.fuse = arena.take<T>(channels * pitch);
     packed.fuse_bias = arena.take<T>(x_pitch);
-    for (int tap = 0; tap < taps; ++tap) {
-      packed.offsets[tap] = dilation * ((tap / side - 1) * row_pitch + (tap % side - 1) * pitch);
-      packed.flipped[tap] = -packed.offsets[tap];
-    }
     return packed;
   }
 
-  // Padding around the features, for what products touch beyond the last pixel.
+  // Zeros around the features, twice as many behind them: for what tiles and products touch beyond the last pixel.
   T* take_features(Arena& arena) const {
-    return arena.take<T>((height + 2 * border) * row_pitch + 2 * row_step * pitch);
+    return arena.take<T>((height + 3 * border) * row_pitch + 2 * row_step * pitch);
+  }
+
+  // A strip of tiles: the channels before a layer's own, and its own.
+  struct Strip {
+    Transformed<T> inputs, outputs;
+  };
+
+  Strip scratch(Arena& arena) const {
+    const auto inputs = Transformed<T>::take(arena, strip_tiles, lead + depth(layers - 1));
+    return {inputs, Transformed<T>::take(arena, strip_tiles, growth)};
   }
 
   void fill(const Packed& packed, int threads) const {
     const S* bias = static_cast<const S*>(weights.dense_bias);
     parallel_tasks(layers, threads, [&](int64_t task, int) {
       const int layer = static_cast<int>(task);
-      const int64_t columns = depth(layer), columns_pitch = channel_pitch<T>(columns);
       const S* from = static_cast<const S*>(weights.dense_weight) + weight_place(layer);
-      T* const backward = packed.backward[layer];
-      __builtin_memset(backward, 0, taps * growth * columns_pitch * sizeof(T));
-      for (int64_t o = 0; o < growth; ++o)
-        transpose(from + o * columns * taps, taps, backward + o * columns_pitch, growth * columns_pitch, columns,
-                  static_cast<int64_t>(taps));
-      __builtin_memset(packed.forward[layer], 0, taps * columns * growth_pitch * sizeof(T));
-      for (int tap = 0; tap < taps; ++tap)
-        transpose(backward + tap * growth * columns_pitch, columns_pitch,
-                  packed.forward[layer] + tap * columns * growth_pitch, growth_pitch, growth, columns);
+      fill_filters(from, growth, depth(layer), packed.filters[layer]);
       fill_vector<S>(bias + layer * growth, growth, packed.bias[layer]);
     });
     fill_matrix<S>(weights.fuse_weight, channels, all_channels, true, packed.fuse_transposed);
-    fill_matrix<S>(weights.fuse_weight, channels, all_channels, false, packed.fuse);
     fill_vector<S>(weights.fuse_bias, channels, packed.fuse_bias);
   }
 
@@ -160,20 +112,29 @@ struct Dense {
     });
   }
 
-  void compute_features(const ConstMapView& x, int64_t sample, const Packed& packed, T* features, int threads) const {
+  // Transforms `count` channels around the tiles in [first, last); the lead is channel 0.
+  void transform_inputs(const T* pixels, int64_t channel, int64_t count, int64_t first, int64_t last,
+                        const Transformed<T>& transformed) const {
+    transform_tiles<winograd_tile>([](const auto& in, auto& out) { transform_values(in, out); }, pixels + channel,
+                                   row_pitch, pitch, count, tiles, first, last, transformed);
+  }
+
+  void compute_features(const ConstMapView& x, int64_t sample, const Packed& packed, T* features, char* scratches,
+                        int threads) const {
     for_each_row(threads, [&](int64_t i) {
       load_pixels<S>(x, channels, {sample, i, 0, 1, width}, row(features, i), row_pitch, pitch);
     });
     for (int layer = 0; layer < layers; ++layer) {
       const T* bias = packed.bias[layer];
-      for_each_row(threads, [&](int64_t i) {
-        T* const pixels = row(features, i);
-        T* const own = pixels + depth(layer);
-        convolve(pixels, packed.offsets, pitch, width, packed.forward[layer], growth_pitch, depth(layer),
-                 [&](int64_t p, int64_t j, const Vec<T>& sum) {
-                   const Vec<T> value = at::vec::maximum(sum + Vec<T>::loadu(bias + j), Vec<T>(0));
-                   value.store(own + p * pitch + j, static_cast<int>(smaller(lanes, growth - j)));
-                 });
+      for_each_task(*this, scratches, threads, [&](int64_t strip, const Strip& own) {
+        const int64_t first = first_tile(strip), last = first_tile(strip + 1);
+        transform_inputs(features, 0, lead + depth(layer), first, last, own.inputs);
+        multiply_tiles(own.inputs.from_channel(lead), last - first, packed.filters[layer], growth_pitch, depth(layer),
+                       own.outputs);
+        finish_tiles(own.outputs, growth, tiles, first, last, [&](int64_t i, int64_t p, int64_t j, const Vec<T>& sum) {
+          const Vec<T> value = at::vec::maximum(sum + Vec<T>::loadu(bias + j), Vec<T>(0));
+          value.store(row(features, i) + p * pitch + depth(layer) + j, static_cast<int>(smaller(lanes, growth - j)));
+        });
       });
     }
   }
@@ -196,12 +157,12 @@ struct DenseForward {
 
   T* take_row(Arena& arena) const { return take_pixels<T>(arena, dense.width, dense.x_pitch); }
 
-  int64_t workspace_bytes(int) const {
+  int64_t workspace_bytes(int threads) const {
     Arena arena(nullptr);
     dense.pack(arena);
     dense.take_features(arena);
     for (int64_t band = 0; band < dense.bands; ++band) take_row(arena);
-    return arena.bytes();
+    return arena.bytes() + scratch_bytes(dense, threads);
   }
 
   void launch(void* workspace, int threads) const {
@@ -214,7 +175,7 @@ struct DenseForward {
     T* results[most_bands];
     for (int64_t band = 0; band < dense.bands; ++band) results[band] = take_row(arena);
     for (int64_t sample = 0; sample < call.shape.batch; ++sample) {
-      dense.compute_features(call.x, sample, packed, features, threads);
+      dense.compute_features(call.x, sample, packed, features, arena.rest(), threads);
       parallel_tasks(dense.bands, threads, [&](int64_t band, int) {
         T* const result = results[band];
         for (int64_t i = dense.first_row(band); i < dense.first_row(band + 1); ++i) {
@@ -242,15 +203,18 @@ struct DenseBackward {
   const bool sums_weights =
       call.grad_dense_weight || call.grad_dense_bias || call.grad_fuse_weight || call.grad_fuse_bias;
 
-  // Places in a band's sums: the layers' weights [taps, growth, depth], then all biases and the fusion.
+  int64_t depth_pitch(int layer) const { return channel_pitch<T>(dense.lead + dense.depth(layer)); }
+
+  // Places in a band's sums: the layers' weights [taps, growth, lead and depth], then all biases and the fusion.
   int64_t weight_sum(int layer) const {
     int64_t place = 0;
-    for (int k = 0; k < layer; ++k) place += taps * growth * channel_pitch<T>(dense.depth(k));
+    for (int k = 0; k < layer; ++k) place += taps * growth * depth_pitch(k);
     return place;
   }
 
   struct Own {
-    T *features, *gradients, *sums, *permuted;
+    T* filters[layers];  // [points, growth, lead and depth]
+    T *fuse, *features, *gradients, *sums, *permuted;
     T *grad[most_bands], *fused[most_bands];
   };
 
@@ -259,8 +223,31 @@ struct DenseBackward {
   int64_t fuse_bias_sum() const { return fuse_sum() + channels * pitch; }
   int64_t sums_size() const { return fuse_bias_sum() + x_pitch; }
 
+  // What a band of tiles needs: a strip of it, and its sums for a layer.
+  struct Products {
+    typename Dense<S>::Strip tiles;
+    T* sums;  // [points, growth, lead and depth]
+  };
+
+  struct BandTasks {
+    const Dense<S>& dense;
+    const int64_t tasks = dense.bands;
+
+    Products scratch(Arena& arena) const {
+      const auto tiles = dense.scratch(arena);
+      return {tiles, arena.take<T>(winograd_points * dense.growth * tiles.inputs.pitch)};
+    }
+  };
+
+  const BandTasks band_tasks{dense};
+
+  int64_t tile_of_band(int64_t band) const { return band * dense.tiles.count() / dense.bands; }
+
   Own take(Arena& arena) const {
     Own own;
+    for (int layer = 0; layer < layers; ++layer)
+      own.filters[layer] = arena.take<T>(winograd_points * growth * depth_pitch(layer));
+    own.fuse = arena.take<T>(channels * dense.fuse_pitch);
     own.features = dense.take_features(arena);
     own.gradients = dense.take_features(arena);
     own.sums = arena.take<T>(sums_weights ? dense.bands * sums_size() : 0);
@@ -272,11 +259,12 @@ struct DenseBackward {
     return own;
   }
 
-  int64_t workspace_bytes(int) const {
+  int64_t workspace_bytes(int threads) const {
     Arena arena(nullptr);
     dense.pack(arena);
     take(arena);
-    return arena.bytes();
+    return arena.bytes() +
+           larger(scratch_bytes(dense, threads), call.grad_dense_weight ? scratch_bytes(band_tasks, threads) : 0);
   }
 
   void launch(void* workspace, int threads) const {
@@ -286,12 +274,25 @@ struct DenseBackward {
     const Own own = take(arena);
     __builtin_memset(static_cast<char*>(workspace) + before, 0, arena.bytes() - before);
     dense.fill(packed, threads);
+    fill_matrix<S>(call.weights.fuse_weight, channels, dense.all_channels, false, own.fuse);
+    parallel_tasks(layers, threads, [&](int64_t task, int) {
+      const int layer = static_cast<int>(task);
+      flip_filters(packed.filters[layer], growth, dense.depth(layer), own.filters[layer] + dense.lead,
+                   depth_pitch(layer));
+    });
     for (int64_t sample = 0; sample < call.shape.batch; ++sample) {
-      dense.compute_features(call.x, sample, packed, own.features, threads);
+      dense.compute_features(call.x, sample, packed, own.features, arena.rest(), threads);
       parallel_tasks(dense.bands, threads, [&](int64_t band, int) { backward_of_fusion(sample, band, packed, own); });
       for (int layer = layers - 1; layer >= 0; --layer) {
-        parallel_tasks(dense.bands, threads, [&](int64_t band, int) { sum_layer(layer, band, packed, own); });
-        dense.for_each_row(threads, [&](int64_t i) { backward_of_layer(layer, i, packed, own); });
+        parallel_tasks(dense.bands, threads, [&](int64_t band, int) { backward_of_relu(layer, band, own); });
+        if (call.grad_dense_weight) {
+          for_each_task(band_tasks, arena.rest(), threads, [&](int64_t band, const Products& products) {
+            backward_of_weight(layer, band, products, own);
+          });
+        }
+        for_each_task(dense, arena.rest(), threads, [&](int64_t strip, const typename Dense<S>::Strip& tiles) {
+          backward_of_layer(layer, strip, tiles, own);
+        });
       }
       if (call.grad_x.data) {
         parallel_tasks(dense.bands, threads, [&](int64_t band, int) {
@@ -323,7 +324,7 @@ struct DenseBackward {
         add_pixel_products(fused, x_pitch, channels, features, pitch, dense.width, sums + fuse_sum());
         add_pixels(fused, x_pitch, dense.width, sums + fuse_bias_sum());
       }
-      multiply_pixels<false>(fused, x_pitch, dense.width, packed.fuse, pitch, pitch, channels,
+      multiply_pixels<false>(fused, x_pitch, dense.width, own.fuse, dense.fuse_pitch, dense.fuse_pitch, channels,
                              [&](int64_t p, int64_t j, const Vec<T>& sum) {
                                if (p < dense.width) sum.store(gradients + p * pitch + j);
                              });
@@ -333,43 +334,67 @@ struct DenseBackward {
     }
   }
 
-  // A layer's gradient through its ReLU, and what it adds to those of its weights.
-  void sum_layer(int layer, int64_t band, const typename Dense<S>::Packed& packed, const Own& own) const {
-    const int64_t depth = dense.depth(layer), depth_pitch = channel_pitch<T>(depth);
-    T* const sums = own.sums + band * sums_size();
+  void backward_of_relu(int layer, int64_t band, const Own& own) const {
+    const int64_t depth = dense.depth(layer);
+    T* const bias_sums = own.sums + band * sums_size() + bias_sum() + layer * dense.growth_pitch;
     for (int64_t i = dense.first_row(band); i < dense.first_row(band + 1); ++i) {
-      const T* features = dense.row(own.features, i);
+      const T* features = dense.row(own.features, i) + depth;
       T* const grad = dense.row(own.gradients, i) + depth;
-      for (int64_t p = 0; p < dense.width; ++p) {
-        for (int64_t j = 0; j < growth; j += lanes) {
-          const int64_t count = smaller(lanes, growth - j);
+      for (int64_t j = 0; j < growth; j += lanes) {
+        const int64_t count = smaller(lanes, growth - j);
+        Vec<T> total(0);
+        for (int64_t p = 0; p < dense.width; ++p) {
           const Vec<T> g = Vec<T>::loadu(grad + p * pitch + j, count);
-          const Vec<T> is_positive = Vec<T>::loadu(features + p * pitch + depth + j, count) > Vec<T>(0);
-          Vec<T>::blendv(Vec<T>(0), g, is_positive).store(grad + p * pitch + j, static_cast<int>(count));
+          const Vec<T> is_positive = Vec<T>::loadu(features + p * pitch + j, count) > Vec<T>(0);
+          const Vec<T> passed = Vec<T>::blendv(Vec<T>(0), g, is_positive);
+          passed.store(grad + p * pitch + j, static_cast<int>(count));
+          total = total + passed;
         }
+        if (sums_weights) add_to(bias_sums + j, total, lanes);
       }
-      if (!sums_weights) continue;
-      for (int tap = 0; tap < taps; ++tap) {
-        T* const tap_sums = sums + weight_sum(layer) + tap * growth * depth_pitch;
-        multiply_pixels<true>(grad, pitch, growth, features + packed.offsets[tap], pitch, depth_pitch, dense.width,
-                              [&](int64_t o, int64_t j, const Vec<T>& sum) {
-                                if (o < growth) add_to(tap_sums + o * depth_pitch + j, sum, lanes);
-                              });
-      }
-      T* const bias_sums = sums + bias_sum() + layer * dense.growth_pitch;
-      for (int64_t p = 0; p < dense.width; ++p)
-        for (int64_t j = 0; j < growth; j += lanes)
-          add_to(bias_sums + j, Vec<T>::loadu(grad + p * pitch + j, smaller(lanes, growth - j)), lanes);
     }
   }
 
-  void backward_of_layer(int layer, int64_t i, const typename Dense<S>::Packed& packed, const Own& own) const {
-    const int64_t depth = dense.depth(layer);
-    T* const gradients = dense.row(own.gradients, i);
-    convolve(gradients + depth, packed.flipped, pitch, dense.width, packed.backward[layer], channel_pitch<T>(depth),
-             growth, [&](int64_t p, int64_t j, const Vec<T>& sum) {
-               add_to(gradients + p * pitch + j, sum, smaller(lanes, depth - j));
-             });
+  // Adds up a band of tiles strip by strip at all points, and keeps the gradient of the nine taps.
+  void backward_of_weight(int layer, int64_t band, const Products& products, const Own& own) const {
+    const int64_t columns = depth_pitch(layer), size = growth * columns;
+    const int64_t begin = tile_of_band(band), end = tile_of_band(band + 1);
+    for (int64_t first = begin; first < end; first += strip_tiles) {
+      const int64_t last = smaller(first + strip_tiles, end);
+      const auto& [inputs, outputs] = products.tiles;
+      dense.transform_inputs(own.features, 0, dense.lead + dense.depth(layer), first, last, inputs);
+      transform_tiles<winograd_outputs>([](const auto& in, auto& out) { transform_gradients(in, out); },
+                                        dense.row(own.gradients, 0) + dense.depth(layer), dense.row_pitch, pitch,
+                                        growth, dense.tiles, first, last, outputs);
+      for (int point = 0; point < winograd_points; ++point) {
+        T* const sums = products.sums + point * size;
+        multiply_pixels<true>(outputs.values + point * outputs.stride, outputs.pitch, growth,
+                              inputs.values + point * inputs.stride, inputs.pitch, columns, last - first,
+                              [&](int64_t o, int64_t j, const Vec<T>& sum) {
+                                T* const total = sums + o * columns + j;
+                                if (o < growth) (first == begin ? sum : Vec<T>::loadu(total) + sum).store(total);
+                              });
+      }
+    }
+    if (begin == end) return;
+    T* const sums = own.sums + band * sums_size() + weight_sum(layer);
+    for (int64_t j = 0; j < size; j += lanes) {
+      transform_both<winograd_tile, winograd_side, Vec<T>>(
+          [](const auto& in, auto& out) { transform_weight_sums(in, out); },
+          [&](int a, int b) { return Vec<T>::loadu(products.sums + (a * winograd_tile + b) * size + j); },
+          [&](int a, int b, const Vec<T>& sum) { add_to(sums + (a * winograd_side + b) * size + j, sum, lanes); });
+    }
+  }
+
+  void backward_of_layer(int layer, int64_t strip, const typename Dense<S>::Strip& tiles, const Own& own) const {
+    const int64_t first = dense.first_tile(strip), last = dense.first_tile(strip + 1);
+    const int64_t count = dense.lead + dense.depth(layer);
+    dense.transform_inputs(own.gradients, count, growth, first, last, tiles.outputs);
+    multiply_tiles(tiles.outputs, last - first, own.filters[layer], depth_pitch(layer), growth, tiles.inputs);
+    finish_tiles(tiles.inputs, count, dense.tiles, first, last,
+                 [&](int64_t i, int64_t p, int64_t j, const Vec<T>& sum) {
+                   add_to(dense.row(own.gradients, i) - dense.lead + p * pitch + j, sum, count - j);
+                 });
   }
 
   void add_up_sums(const Own& own, int threads) const {
@@ -389,7 +414,7 @@ struct DenseBackward {
     for (int layer = 0; layer < layers; ++layer) {
       const int64_t depth = dense.depth(layer);
       add_up<S>(own.sums, size, 0, bands,
-                {{permuted, weight_sum(layer), taps * growth, depth, channel_pitch<T>(depth)}}, threads);
+                {{permuted, weight_sum(layer) + dense.lead, taps * growth, depth, depth_pitch(layer)}}, threads);
       S* const out = static_cast<S*>(call.grad_dense_weight) + dense.weight_place(layer);
       parallel_tasks(growth, threads, [&](int64_t o, int) {
         for (int64_t j = 0; j < depth; ++j)
