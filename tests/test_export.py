@@ -236,7 +236,7 @@ def test_wrong_words(words: list[str], message: str, tmp_path: Path) -> None:
 
 def test_without_its_exporter_onnx_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mitnet_fast.export.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"format: onnx needs onnx and onnxscript .*nothing but torch"):
+    with pytest.raises(ExportError, match=r"format: onnx needs onnx, onnxscript, onnxruntime .*nothing but torch"):
         export(network("mitnet"), tmp_path / "a.onnx", size=(8, 8), format="onnx")
     assert not any(tmp_path.iterdir())
 
@@ -259,6 +259,7 @@ def test_onnx(name: str, size: tuple[int, int] | None, installed: bool, tmp_path
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["mitnet_fast"]) == description
     assert description["operators"] == []
+    assert 0 < description["deviation"] <= 1e-4
     for image in [picture(*size)] if size else [picture(96, 64), picture(64, 160)]:
         (result,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
         assert_equal_networks([torch.from_numpy(result)], [model.restore(image)], 1e-4)
@@ -269,6 +270,19 @@ def test_onnx(name: str, size: tuple[int, int] | None, installed: bool, tmp_path
 def test_what_onnx_cannot_take_is_said(installed: bool, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"ONNX's exporter cannot take aten\.remainder.* a fixed size asks less"):
         export(network("mitnet"), tmp_path / "a.onnx", format="onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("installed", WITH_ONNX)
+def test_what_onnx_gets_wrong_is_not_written(installed: bool, tmp_path: Path) -> None:
+    class Pooling(MITNet):
+        """Its pooling's divisor is one that ONNX's exporter drops."""
+
+        def restore(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(image, 2, divisor_override=1)
+
+    with pytest.raises(ExportError, match=r"random image would be [\d.]+ off the network's own.* 0\.0039 allowed"):
+        export(Pooling(width=4, depth=2), tmp_path / "a.onnx", size=(8, 8), format="onnx")
     assert not any(tmp_path.iterdir())
 
 

@@ -37,8 +37,8 @@ def fold_taps(weight: torch.Tensor, factor: int) -> torch.Tensor:
         [Co, C, 1 + (k − 1)/factor, 1 + (k − 1)/factor].
     """
     lead = factor - 1
-    # pooling is a sum here, and much faster than sum() over short dimensions
-    return F.avg_pool2d(F.pad(weight, (lead, 0, lead, 0)), factor, divisor_override=1)
+    # pooling adds much faster than sum() over short dimensions; a divisor of its own is what ONNX drops
+    return F.avg_pool2d(F.pad(weight, (lead, 0, lead, 0)), factor) * factor**2
 
 
 class MSAAM(nn.Module):
