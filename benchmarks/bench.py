@@ -33,7 +33,7 @@ from . import models, ops, plots, scaling, summary, work
 from .measure import Result, environment, machine_rates, write_results
 
 DEVICES = ("cpu", "cuda")
-QUICK_SECONDS, SECONDS = 0.3, 2.0  # per implementation and piece of work
+QUICK_SECONDS, SECONDS = 0.3, 1.2  # per implementation and piece of work
 QUICK_SIDES = (64, 128)  # of the images that are restored, pixels
 SCALING_SECONDS = 45.0  # per network
 
