@@ -1,33 +1,10 @@
 #include "amplitude_phase/amplitude_phase_cpu.h"
 
-#include "common/cpu_capability.h"
+#include "common/kernels_of_capability.h"
 
 namespace mitnet_fast {
 
-namespace DEFAULT {
-extern const AmplitudePhaseCpuKernels amplitude_phase_kernels;
-}
-#if defined(__x86_64__)
-namespace AVX2 {
-extern const AmplitudePhaseCpuKernels amplitude_phase_kernels;
-}
-namespace AVX512 {
-extern const AmplitudePhaseCpuKernels amplitude_phase_kernels;
-}
-#endif
-
-const AmplitudePhaseCpuKernels& amplitude_phase_cpu_kernels() {
-  switch (cpu_capability()) {
-#if defined(__x86_64__)
-    case CpuCapability::avx512:
-      return AVX512::amplitude_phase_kernels;
-    case CpuCapability::avx2:
-      return AVX2::amplitude_phase_kernels;
-#endif
-    default:
-      return DEFAULT::amplitude_phase_kernels;
-  }
-}
+DEFINE_CPU_KERNELS(AmplitudePhaseCpuKernels, amplitude_phase)
 
 namespace {
 

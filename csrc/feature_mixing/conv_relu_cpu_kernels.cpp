@@ -4,7 +4,7 @@
 // channels follows, and transforms the products of one panel back at a time. Nothing but the result is
 // written to maps, and the two inputs are read where they lie.
 
-#include "common/winograd_cpu.h"
+#include "common/winograd_tiles_cpu.h"
 #include "feature_mixing/feature_mixing_cpu.h"
 #include "feature_mixing/tiles_cpu.h"
 
@@ -12,7 +12,7 @@ namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int taps = 9;
+constexpr int taps = winograd_side * winograd_side;
 constexpr int64_t panel_vectors = 2;
 constexpr int64_t fewest_tiles = 48;  // of a strip: every strip reads all transformed weights
 constexpr int64_t few_tasks = 8;      // of small maps, whose panels are shared out as well
@@ -110,9 +110,9 @@ struct ConvRelu {
       const int64_t tap_pitch = call.weight_is_channels_last ? lanes * lanes : lanes;
       const int64_t channel_pitch = call.weight_is_channels_last ? lanes : taps * lanes;
       for (int64_t k = 0; k < channels; ++k) {
-        transform_both<3, 4, Vec<T>>(
+        transform_both<winograd_side, winograd_tile, Vec<T>>(
             [](const auto& in, auto& out) { transform_weights(in, out); },
-            [&](int i, int j) { return Vec<T>::loadu(own + k * channel_pitch + (i * 3 + j) * tap_pitch); },
+            [&](int i, int j) { return Vec<T>::loadu(own + k * channel_pitch + (i * winograd_side + j) * tap_pitch); },
             [&](int i, int j, const Vec<T>& value) {
               value.store(packed + (i * winograd_tile + j) * weights_pitch(width) + (begin + k) * width);
             });
@@ -124,6 +124,9 @@ struct ConvRelu {
   struct Segment {
     int64_t sample, row, column, count;
   };
+
+  // A segment as a map of its own.
+  static WinogradTiles tiles_of(const Segment& segment) { return {winograd_outputs, 2 * segment.count, 1}; }
 
   template <typename Function>
   void for_each_segment(int64_t begin, int64_t end, Function function) const {
@@ -139,7 +142,9 @@ struct ConvRelu {
                const Scratch& own) const {
     for_each_segment(begin, end, [&](const Segment& segment, int64_t place) {
       load(segment, own.pixels);
-      transform_segment(segment, own.pixels, own.values + place * pitch);
+      transform_tiles<winograd_tile>([](const auto& in, auto& out) { transform_values(in, out); }, own.pixels,
+                                     (2 * segment.count + 2) * pitch, pitch, channel_pitch<T>(depth), tiles_of(segment),
+                                     0, segment.count, Transformed<T>{own.values + place * pitch, pitch, values_pitch});
     });
     for (int64_t column = first_panel * panel; column < smaller(columns, last_panel * panel); column += panel) {
       const int64_t width = panel_width(column);
@@ -176,36 +181,16 @@ struct ConvRelu {
     }
   }
 
-  void transform_segment(const Segment& segment, const T* pixels, T* values) const {
-    const int64_t row_pitch = (2 * segment.count + 2) * pitch;
-    for (int64_t tile = 0; tile < segment.count; ++tile, pixels += 2 * pitch, values += pitch) {
-      for (int64_t c = 0; c < depth; c += lanes) {
-        transform_both<4, 4, Vec<T>>(
-            [](const auto& in, auto& out) { transform_values(in, out); },
-            [&](int i, int j) { return Vec<T>::loadu(pixels + i * row_pitch + j * pitch + c); },
-            [&](int i, int j, const Vec<T>& value) {
-              value.store(values + (i * winograd_tile + j) * values_pitch + c);
-            });
-      }
-    }
-  }
-
-  void finish(const Segment& segment, const T* products, int64_t column, const Weights& weights, T* results) const {
+  void finish(const Segment& segment, T* products, int64_t column, const Weights& weights, T* results) const {
     const int64_t width = panel_width(column), channels = smaller(panel, shape.out_channels - column);
     const int64_t row_pitch = 2 * segment.count * width;
-    for (int64_t c = 0; c < width; c += lanes) {
-      const Vec<T> scale = Vec<T>::loadu(weights.scale + column + c), shift = Vec<T>::loadu(weights.shift + column + c);
-      for (int64_t tile = 0; tile < segment.count; ++tile) {
-        const T* const from = products + tile * width + c;
-        T* const to = results + 2 * tile * width + c;
-        transform_both<4, 2, Vec<T>>(
-            [](const auto& in, auto& out) { transform_products(in, out); },
-            [&](int i, int j) { return Vec<T>::loadu(from + (i * winograd_tile + j) * products_pitch); },
-            [&](int i, int j, const Vec<T>& value) {
-              at::vec::maximum(at::vec::fmadd(value, scale, shift), Vec<T>(0)).store(to + i * row_pitch + j * width);
-            });
-      }
-    }
+    finish_tiles(
+        Transformed<T>{products, width, products_pitch}, width, tiles_of(segment), 0, segment.count,
+        [&](int64_t i, int64_t j, int64_t c, const Vec<T>& sum) {
+          const Vec<T> scale = Vec<T>::loadu(weights.scale + column + c);
+          const Vec<T> shift = Vec<T>::loadu(weights.shift + column + c);
+          at::vec::maximum(at::vec::fmadd(sum, scale, shift), Vec<T>(0)).store(results + i * row_pitch + j * width + c);
+        });
     MapView y = call.y;
     y.data = static_cast<S*>(y.data) + column * y.stride_c;
     const Tile tile{segment.sample, 2 * segment.row, 2 * segment.column, smaller(2, shape.height - 2 * segment.row),

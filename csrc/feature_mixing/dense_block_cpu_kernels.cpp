@@ -376,7 +376,6 @@ struct DenseBackward {
                               });
       }
     }
-    if (begin == end) return;
     T* const sums = own.sums + band * sums_size() + weight_sum(layer);
     for (int64_t j = 0; j < size; j += lanes) {
       transform_both<winograd_tile, winograd_side, Vec<T>>(

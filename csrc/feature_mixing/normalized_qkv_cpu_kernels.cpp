@@ -224,11 +224,17 @@ struct QkvBackward {
 
   struct Weights {
     T *norm, *norm_bias, *zeros, *projection, *sums;
+    T *same, *slope;  // [B]: what all elements of grad_x have in common, and what goes with x̂
   };
 
   Weights weights(Arena& arena) const {
-    return {arena.take<T>(pitch), arena.take<T>(pitch), arena.take<T>(pitch), arena.take<T>(projected * pitch),
-            arena.take<T>(sums_count * sums_size)};
+    return {arena.take<T>(pitch),
+            arena.take<T>(pitch),
+            arena.take<T>(pitch),
+            arena.take<T>(projected * pitch),
+            arena.take<T>(sums_count * sums_size),
+            arena.take<T>(shape.batch),
+            arena.take<T>(shape.batch)};
   }
 
   struct Scratch {
@@ -270,6 +276,14 @@ struct QkvBackward {
     });
     add_up_sums(packed, threads);
     if (!call.grad_x.data) return;
+    for (int64_t sample = 0; sample < shape.batch; ++sample) {
+      const auto term = [&](const void* grad, int64_t place) {
+        const double incoming = static_cast<double>(static_cast<const S*>(grad)[sample]) / normalization.elements();
+        return static_cast<T>(incoming - mean_of(packed, sample, place) / found.deviation[sample]);
+      };
+      packed.same[sample] = term(call.grad_mean, norm_bias_sum);
+      packed.slope[sample] = term(call.grad_deviation, norm_sum);
+    }
     for_each_task(*this, arena.rest(), threads,
                   [&](int64_t task, const Scratch& at) { finish_tile(normalization.tile(task), packed, found, at); });
   }
@@ -328,17 +342,10 @@ struct QkvBackward {
     return total / normalization.elements();
   }
 
-  // Adds what is the same for all elements, and what goes with x̂.
+  // Adds to grad_x what the sums over its sample give.
   void finish_tile(const Tile& tile, const Weights& packed, const typename Normalization<S>::Found& found,
                    const Scratch& at) const {
-    const double deviation = found.deviation[tile.sample];
-    const auto incoming = [&](const void* grad) {
-      return static_cast<double>(static_cast<const S*>(grad)[tile.sample]) / normalization.elements();
-    };
-    const Vec<T> same(
-        static_cast<T>(incoming(call.grad_mean) - mean_of(packed, tile.sample, norm_bias_sum) / deviation));
-    const Vec<T> slope(
-        static_cast<T>(incoming(call.grad_deviation) - mean_of(packed, tile.sample, norm_sum) / deviation));
+    const Vec<T> same(packed.same[tile.sample]), slope(packed.slope[tile.sample]);
     const ConstMapView begun{call.grad_x.data, call.grad_x.stride_n, call.grad_x.stride_c, call.grad_x.stride_h,
                              call.grad_x.stride_w};
     const int64_t count = tile.height * tile.width;
