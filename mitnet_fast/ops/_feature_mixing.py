@@ -7,7 +7,8 @@ needs none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -387,17 +388,23 @@ def _call(
     return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)
 
 
+LIKE_THE_FIRST = MappingProxyType({"": lambda first, *_: empty_for(first)})
+
+
 def _register(
     name: str,
     tensors: tuple[str, ...],
     *,
+    optional: tuple[str, ...] = (),
     only_added: str | None = None,
-    results: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    results: Mapping[str, Callable[..., torch.Tensor]] = LIKE_THE_FIRST,
+    run_backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
 ) -> None:
     """Register an operator of these tensors and its backward.
 
-    The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The result
-    is like the first tensor, or several are, by name, what ``results`` makes of it.
+    The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The ``results``,
+    one or several by name, are like what their functions make of the tensors. ``run_backward`` stands in for the
+    compiled backward: of the incoming gradients, the tensors and which gradients are needed.
     """
     count = len(tensors)
 
@@ -405,12 +412,14 @@ def _register(
         *values, _ = arguments
         return getattr(EXTENSION, f"{name}_forward")(*values)
 
-    def fake(first, *_):
-        return tuple(make(first) for make in results.values()) if results else empty_for(first)
+    def fake(*arguments):
+        *values, _ = arguments
+        made = tuple(make(*values) for make in results.values())
+        return made if len(made) > 1 else made[0]
 
     def backward(*arguments):
         *values, needs, _ = arguments
-        grads = getattr(EXTENSION, f"{name}_backward")(*values, needs)
+        grads = (run_backward or getattr(EXTENSION, f"{name}_backward"))(*values, needs)
         return tuple(or_empty(gradient, values[0]) for gradient in grads)
 
     def setup(ctx, inputs, output):
@@ -429,14 +438,18 @@ def _register(
 
     def fake_gradients(*arguments):
         *values, needs, _ = arguments
-        return tuple(empty_for(tensor, needed) for tensor, needed in zip(values[-count:], needs, strict=True))
+        inputs = values[-count:]
+        return tuple(
+            empty_for(inputs[0] if tensor is None else tensor, needed)
+            for tensor, needed in zip(inputs, needs, strict=True)
+        )
 
     def several(number):
-        return f"({', '.join(['Tensor'] * number)})"
+        return f"({', '.join(['Tensor'] * number)})" if number > 1 else "Tensor"
 
-    declared = ", ".join(f"Tensor {tensor}" for tensor in tensors)
-    grads = ", ".join(f"Tensor grad_{result}" for result in results) if results else "Tensor grad"
-    define(f"{name}({declared}, str backend) -> {several(len(results)) if results else 'Tensor'}", forward, fake)
+    declared = ", ".join(f"Tensor{'?' * (tensor in optional)} {tensor}" for tensor in tensors)
+    grads = ", ".join(f"Tensor {'_'.join(filter(None, ('grad', result)))}" for result in results)
+    define(f"{name}({declared}, str backend) -> {several(len(results))}", forward, fake)
     define(
         f"{name}_backward({grads}, {declared}, bool[] needs, str backend) -> {several(count)}",
         backward,
@@ -456,16 +469,16 @@ _register(
         *("query_key_weight", "query_key_bias"),
     ),
     results={
-        "value": empty_for,
-        "query_key": lambda x: empty_for(x, channels=2 * x.shape[1]),
-        "mean": lambda x: x.new_empty(x.shape[0]),
-        "deviation": lambda x: x.new_empty(x.shape[0]),
+        "value": lambda x, *_: empty_for(x),
+        "query_key": lambda x, *_: empty_for(x, channels=2 * x.shape[1]),
+        "mean": lambda x, *_: x.new_empty(x.shape[0]),
+        "deviation": lambda x, *_: x.new_empty(x.shape[0]),
     },
 )
 _register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))
 
 
-def _conv_relu_backward(grad, x, joined, weight, scale, shift, needs, backend):
+def _conv_relu_backward(grad, x, joined, weight, scale, shift, needs):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     maps = (x if joined is None else torch.cat([x, joined], 1)).to(wide)
     kernel, factor = weight.to(wide), scale.to(wide)[:, None, None]
@@ -481,37 +494,17 @@ def _conv_relu_backward(grad, x, joined, weight, scale, shift, needs, backend):
     )
     sums = (grad * convolved).sum((0, 2, 3)), grad.sum((0, 2, 3))
     return tuple(
-        empty_for(tensor, needed).copy_(gradient) if needed else empty_for(x, False)
+        empty_for(tensor).copy_(gradient) if needed else None
         for tensor, gradient, needed in zip(
             (x, joined, weight, scale, shift), (grad_x, grad_joined, grad_weight, *sums), needs, strict=True
         )
     )
 
 
-def _conv_relu_setup(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _conv_relu_gradients(ctx, grad):
-    needs = ctx.needs_input_grad[:5]
-    grads = torch.ops.mitnet_fast.conv_relu_backward(grad, *ctx.saved_tensors, needs, ctx.backend)
-    return *(gradient if needed else None for gradient, needed in zip(grads, needs, strict=True)), None
-
-
-_CONV_RELU = "Tensor x, Tensor? joined, Tensor weight, Tensor scale, Tensor shift"
-define(
-    f"conv_relu({_CONV_RELU}, str backend) -> Tensor",
-    lambda *arguments: EXTENSION.conv_relu_forward(*arguments[:-1]),
-    lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0]),
+_register(
+    "conv_relu",
+    ("x", "joined", "weight", "scale", "shift"),
+    optional=("joined",),
+    results={"": lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0])},
+    run_backward=_conv_relu_backward,
 )
-define(
-    f"conv_relu_backward(Tensor grad, {_CONV_RELU}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _conv_relu_backward,
-    lambda grad, x, *others: tuple(
-        empty_for(x if tensor is None else tensor, needed)
-        for tensor, needed in zip((x, *others[:4]), others[4], strict=True)
-    ),
-)
-differentiate("conv_relu", _conv_relu_setup, _conv_relu_gradients)
