@@ -4,9 +4,6 @@ What holds for the compiled kernels of every operator is in test_kernels.py, on 
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,6 +13,7 @@ from mitnet_fast import _C, ops, reference
 from mitnet_fast.specs import AMPLITUDE_PHASE_CONV as SPEC
 from mitnet_fast.specs import Case, allowed_error, compare, expectations, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
+from tests.ops.instruction_sets import assert_nothing_fails, every_narrower_set
 from tests.ops.memory import highest_held
 from tests.ops.test_dynamic_filter_cpp import same_bits
 
@@ -192,14 +190,9 @@ with poisoned_memory():
 """
 
 
-@pytest.mark.parametrize(("wanted", "narrower"), [("default", ["DEFAULT"]), ("avx2", ["DEFAULT", "AVX2"])])
+@every_narrower_set
 def test_every_instruction_set_computes_the_same(wanted, narrower):
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": wanted}
-    answer = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    capability, *failed = answer.stdout.split("\n")
-    assert not any(failed), failed
-    assert capability == narrower[-1] or _C.cpu_capability() in narrower
+    assert_nothing_fails(ELSEWHERE, wanted, narrower)
 
 
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])

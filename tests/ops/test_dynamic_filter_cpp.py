@@ -3,9 +3,6 @@
 What holds for the compiled kernels of every operator is in test_kernels.py, on smaller maps.
 """
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from mitnet_fast import _C, ops, reference
 from mitnet_fast.specs import DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, Case, allowed_error, compare, relative_error
 from mitnet_fast.verify import poisoned_memory
+from tests.ops.instruction_sets import assert_nothing_fails, every_narrower_set
 from tests.ops.memory import highest_held
 
 # Sizes that are cut into several tiles, up and down and side by side, also where a tile has one row or column
@@ -114,18 +112,9 @@ with poisoned_memory():
 """
 
 
-@pytest.mark.parametrize(("wanted", "narrower"), [("default", ["DEFAULT"]), ("avx2", ["DEFAULT", "AVX2"])])
+@every_narrower_set
 def test_every_instruction_set_computes_the_same(wanted, narrower):
-    answer = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": wanted},
-    )
-    assert answer.returncode == 0, answer.stderr
-    capability, *failed = answer.stdout.split("\n")
-    assert not any(failed), failed
-    assert capability == narrower[-1] or _C.cpu_capability() in narrower
+    assert_nothing_fails(ELSEWHERE, wanted, narrower)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

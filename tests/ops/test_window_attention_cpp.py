@@ -4,9 +4,6 @@ What holds for the compiled kernels of every operator is in test_kernels.py, on 
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from mitnet_fast import _C, ops
 from mitnet_fast.reference.window_attention import padding
 from mitnet_fast.specs import WINDOW_ATTENTION, Case, allowed_error, compare, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
+from tests.ops.instruction_sets import assert_nothing_fails, every_narrower_set
 from tests.ops.memory import highest_held
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -122,18 +120,9 @@ with poisoned_memory():
 """
 
 
-@pytest.mark.parametrize(("wanted", "narrower"), [("default", ["DEFAULT"]), ("avx2", ["DEFAULT", "AVX2"])])
+@every_narrower_set
 def test_every_instruction_set_computes_the_same(wanted, narrower):
-    answer = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": wanted},
-    )
-    assert answer.returncode == 0, answer.stderr
-    capability, *failed = answer.stdout.split("\n")
-    assert not any(failed), failed
-    assert capability == narrower[-1] or _C.cpu_capability() in narrower
+    assert_nothing_fails(ELSEWHERE, wanted, narrower)
 
 
 def within_the_rule(tensors, gradient, case):
