@@ -952,6 +952,7 @@ CONV_RELU = OpSpec(
         _mixed(1, 20, 13, 30, joined=21, out=33),
         _mixed(1, 64, 24, 36, joined=64, out=48),
         _mixed(2, 256, 4, 4, joined=0, out=128),
+        _mixed(2, 70, 7, 5, joined=67, out=72),
     ),
     typical=_mixed(2, 3, 6, 9, joined=5, out=4),
     random_sizes=_random_conv,

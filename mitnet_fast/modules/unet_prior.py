@@ -7,8 +7,8 @@
 Maps are [B, C, H, W]. Max-pooling drops odd last rows and columns; the enlarged map is then padded
 with zeros to the size of e_k, half of the difference (rounded down) at the left and top.
 
-In evaluation mode without gradients convolution, normalisation and ReLU of all but the smallest maps are one
-fused operator, which reads e_k and the enlarged map where they lie.
+In evaluation mode without gradients convolution, normalisation and ReLU are one fused operator, which reads
+e_k and the enlarged map where they lie.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from torch import nn
 
 from ..ops import conv_relu
 from ._checks import check_counts, check_map
-
-FEWEST_PIXELS = 1024  # of a batch, from which the fused operator is faster than the library's (measured on a CPU)
-
 
 class DoubleConv(nn.Sequential):
     """Twice conv3×3, batch normalisation, ReLU."""
@@ -41,9 +38,7 @@ class DoubleConv(nn.Sequential):
 
     def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
         """[B, C1, H, W] and, if given, [B, C2, H, W] with C1 + C2 = in_channels → [B, channels, H, W]."""
-        # a graph is made for many sizes: nothing in it may depend on one
-        small = not torch.compiler.is_compiling() and x.shape[0] * x.shape[2] * x.shape[3] < FEWEST_PIXELS
-        if self.training or torch.is_grad_enabled() or small:
+        if self.training or torch.is_grad_enabled():
             return super().forward(x if joined is None else torch.cat([x, joined], 1))
         for convolution, norm in ((self[0], self[1]), (self[3], self[4])):
             scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)

@@ -30,7 +30,7 @@ def double(level: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (28, 44), (60, 32), (20, 52)])
-@pytest.mark.parametrize("gradients", [True, False])  # without, convolutions of large maps are fused
+@pytest.mark.parametrize("gradients", [True, False])  # without, convolutions are fused
 def test_values_are_those_of_the_equations(module, size, gradients):
     image = golden.uniform("image", (2, 3, *size))
     encoded = [double(module.encoder[0], image)]
