@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "common/tensor_view.h"
+#include "common/transpose_cpu.h"
 #include "common/vectors_cpu.h"
 
 namespace mitnet_fast {
@@ -96,41 +97,6 @@ void convert_row(const From* from, To* to, int64_t count) {
         at::vec::convert_from_float<To>(Vec<float>::loadu(from + i), Vec<float>(0)).store(to + i, lanes);
     }
     for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
-  }
-}
-
-// A block of rows × columns elements transposed: to[j·to_pitch + i] = from[i·from_pitch + j].
-template <typename From, typename To>
-void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
-  constexpr int64_t side = Vec<float>::size();
-  if (rows < side || columns < side) {
-    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
-      at::vec::transpose_mxn<float>(from, from_pitch, to, to_pitch, static_cast<int>(rows), static_cast<int>(columns));
-    } else {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) to[j * to_pitch + i] = static_cast<To>(from[i * from_pitch + j]);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows; i += side) {
-    const int64_t row = smaller(i, rows - side);  // the last block overlaps the one before
-    for (int64_t j = 0; j < columns; j += side) {
-      const int64_t column = smaller(j, columns - side);
-      const From* source = from + row * from_pitch + column;
-      To* target = to + column * to_pitch + row;
-      if constexpr (std::is_same_v<From, To>) {
-        at::vec::transpose_mxn<To, side, side>(source, from_pitch, target, to_pitch);
-      } else {
-        alignas(64) float block[side * side];
-        if constexpr (std::is_same_v<To, float>) {
-          for (int64_t k = 0; k < side; ++k) convert_row(source + k * from_pitch, block + k * side, side);
-          at::vec::transpose_mxn<float, side, side>(block, side, target, to_pitch);
-        } else {
-          at::vec::transpose_mxn<float, side, side>(source, from_pitch, block, side);
-          for (int64_t k = 0; k < side; ++k) convert_row(block + k * side, target + k * to_pitch, side);
-        }
-      }
-    }
   }
 }
 
