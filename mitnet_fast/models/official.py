@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -40,16 +41,34 @@ def load_tensors(path: str | PathLike[str]) -> object:
     try:
         with warnings.catch_warnings():  # what it does not know of a damaged file it takes for news
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = damaged_entry(path) if zipfile.is_zipfile(path) else None  # older files have no checksums
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # torch.load and zipfile raise whatever they meet
         forbidden = re.search(r"Unsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)", str(error))
         if forbidden:
             reason = f"it holds {forbidden[1]}, which is more than tensors and could run code; it is not loaded"
         else:
             reason = "it is damaged, or not written by torch.save"
         raise CheckpointError(f"{path}: no checkpoint of tensors: {reason}") from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: damaged, or written without checksums: that of {damaged} does not fit. "
+            "If you trust it, load it with torch.load and save it again with torch.save"
+        )
+    return content
+
+
+def damaged_entry(path: str | PathLike[str]) -> str | None:
+    """The first entry of a file of torch.save, a zip archive, that torch.load would misread without saying so.
+
+    It looks at no checksum, and of an entry that is marked as a folder it reads nothing.
+    """
+    folder = 0x10  # among the attributes of MS-DOS, which are the lowest bits
+    with zipfile.ZipFile(path) as archive:
+        folders = (entry.filename for entry in archive.infolist() if entry.external_attr & folder)
+        return next(folders, None) or archive.testzip()
 
 
 def read_official(source: str | PathLike[str] | Mapping[str, object]) -> dict[str, torch.Tensor]:

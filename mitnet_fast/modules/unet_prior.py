@@ -23,6 +23,7 @@ from torch import nn
 from ..ops import conv_relu
 from ._checks import check_counts, check_map
 
+
 class DoubleConv(nn.Sequential):
     """Twice conv3×3, batch normalisation, ReLU."""
 

@@ -142,15 +142,11 @@ def _inverse(real: torch.Tensor, imaginary: torch.Tensor, size: torch.Size) -> t
 def mirror(part: torch.Tensor, size: torch.Size, sign: int) -> torch.Tensor:
     """½(Y(ky) ± Y(−ky)) in the self-conjugate columns, the rest as it is."""
     width = size[-1]
-    if isinstance(width, torch.SymInt):  # a graph of any width, even or odd: chosen by a mask instead of a branch
-        half = width // 2
-        edges = torch.cat([part[..., :1], part[..., half:]], -1)
-        self_conjugate = torch.arange(2, device=part.device) * (2 * half) % width == 0
-        mirrored = 0.5 * (edges + sign * edges.flip(-2).roll(1, -2))
-        edges, interior = torch.where(self_conjugate, mirrored, edges), part[..., 1:half]
-    else:
-        even = width % 2 == 0
-        edges = part[..., :: width // 2] if even else part[..., :1]
-        edges = 0.5 * (edges + sign * edges.flip(-2).roll(1, -2))
-        interior = part[..., 1 : part.shape[-1] - 1 if even else None]
+    if isinstance(width, torch.SymInt):  # a graph of any width: a slice may be of one column there, or of none
+        self_conjugate = 2 * torch.arange(part.shape[-1], device=part.device) % width == 0
+        return torch.where(self_conjugate, 0.5 * (part + sign * part.flip(-2).roll(1, -2)), part)
+    even = width % 2 == 0
+    edges = part[..., :: width // 2] if even else part[..., :1]
+    edges = 0.5 * (edges + sign * edges.flip(-2).roll(1, -2))
+    interior = part[..., 1 : part.shape[-1] - 1 if even else None]
     return torch.cat([edges[..., :1], interior, edges[..., 1:]], -1)

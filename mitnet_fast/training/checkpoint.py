@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from ..data.files import atomic_write
 from ..models import CheckpointError
+from ..models.official import damaged_entry
 from ..weights import TRAINING_CHECKPOINT
 
 VERSION = 2
@@ -131,8 +131,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = damaged_entry(path)
     except Exception as error:  # zipfile raises whatever a damaged directory makes it meet
         size = path.stat().st_size
         raise CheckpointError(f"{path}: cut off or no checkpoint ({size} bytes): {error}") from error

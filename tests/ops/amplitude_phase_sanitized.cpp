@@ -11,7 +11,7 @@ template <typename T>
 bool random_calls() {
   const int64_t channels = one_of({1, 3, 5, 20, 41}), hidden = one_of({1, 4, 7, 20}), out = one_of({1, 4, 6, 20});
   const bool projects = coin();
-  const AmplitudePhaseShape shape{data_type<S>,
+  const AmplitudePhaseShape shape{data_type<T>,
                                   1,
                                   channels,
                                   hidden,

@@ -80,4 +80,4 @@ def test_a_kernel_that_spills_is_reported(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    assert int(printed) > 1000
+    assert int(printed) > 0  # bytes for each thread: one warp has too few registers
