@@ -6,7 +6,7 @@ Writes into the output folder
 
     bench.csv, bench.json   one row per piece of work and implementation, one schema (:class:`.measure.Result`)
     rates.json              copy bandwidth and matrix rate of this machine, measured in the same run
-    work.csv, work.json     operators and bytes of a training step, counted
+    work.csv, work.json     operators and bytes of a training step, counted (not with --quick)
     work-parts.csv, .json   what the fused networks' steps are made of
     scaling.csv, .json      inference from small images to large ones, and of several at once
     speedups, roofline, scaling   as .png and .svg
@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from mitnet_fast.ops._backends import FAMILIES
-from mitnet_fast.specs import SPECS
+from mitnet_fast.specs import SPECS, Case
 
 from . import models, ops, plots, scaling, summary, work
 from .measure import Result, environment, machine_rates, write_results
@@ -52,7 +52,8 @@ def run(
 
     Args:
         output: the folder, made if missing; files of an earlier run are replaced.
-        quick: the first case of every operator, short timings, small images.
+        quick: the first case of every operator at half its height and width, short timings, small images, and no work
+            counted, which does not depend on the machine.
         compiled: torch.compile of the plain forms as a baseline, which takes minutes for whole networks.
         families: kernel families whose operators are measured.
         networks: whole networks that are measured.
@@ -77,13 +78,18 @@ def run(
     seconds = QUICK_SECONDS if quick else SECONDS
     batch, size = (1, 64) if quick else (8, 256) if device == "cuda" else (2, 128)
     specs = [spec for spec in SPECS if spec.family in families]
-    cases = [(spec, case) for spec in specs for case in spec.benchmark_cases[: 1 if quick else None]]
+    cases = [
+        (spec, case)
+        for spec in specs
+        for case in ([_halved(spec.benchmark_cases[0])] if quick else spec.benchmark_cases)
+    ]
     pieces = [(network, piece) for network in networks for piece in models.WORK]
     results: list[Result] = []
     sizes: list[scaling.Scaling] = []
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        total = 1 + len(cases) + len(pieces) + 2 * len(networks)
+        counting = () if quick else networks
+        total = 1 + len(cases) + len(pieces) + len(networks) + len(counting)
         task = progress.add_task("this machine's rates", total=total)
 
         def begin(what: str) -> None:
@@ -102,21 +108,29 @@ def run(
             sides, batches = (QUICK_SIDES, (1,)) if quick else (None, scaling.BATCHES)
             sizes += scaling.measure(network, device, SCALING_SECONDS, sides=sides, batches=batches)
         counted, parts = [], []
-        for network in networks:
+        for network in counting:
             begin(f"{network}, work")
             counted += work.rows(network)
             parts += work.parts(network)
     ops.show([row for row in results if row.kind == "operator"], console)
     models.show([row for row in results if row.kind == "network"], console)
     scaling.show([asdict(row) for row in sizes], console)
-    work.show(counted, console)
+    if counted:
+        work.show(counted, console)
     (output / "rates.json").write_text(json.dumps(rates | environment(device), indent=1) + "\n")
-    for name, rows in (("bench", results), ("work", counted), ("work-parts", parts), ("scaling", sizes)):
+    tables = {"bench": results, "work": counted, "work-parts": parts, "scaling": sizes}
+    for name, rows in tables.items():
         for stale in output.glob(f"{name}.*"):
             stale.unlink()
         if rows:
             write_results(rows, output / name)
     plots.draw(output)
     (output / "summary.md").write_text(summary.markdown(output))
-    console.print(f"written: bench, work, scaling (.csv, .json), plots and summary.md in {output}", soft_wrap=True)
+    names = ", ".join(name for name, rows in tables.items() if rows)
+    console.print(f"written: {names} (.csv, .json), plots and summary.md in {output}", soft_wrap=True)
     return results
+
+
+def _halved(case: Case) -> Case:
+    """The case at half its height and width."""
+    return replace(case, sizes=case.sizes | {side: case.sizes[side] // 2 for side in ("height", "width")})

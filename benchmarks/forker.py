@@ -12,6 +12,8 @@ import pickle
 import sys
 from typing import BinaryIO
 
+import torch._dynamo  # noqa: F401 (which an optimizer or an operator would import first in every fork)
+
 from . import models, ops, scaling  # noqa: F401 (what the forks need)
 
 

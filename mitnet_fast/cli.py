@@ -376,7 +376,9 @@ def bench(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, files and pictures.")] = Path(
         "bench"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="One case of each operator, small networks' images.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small case of each operator, small images, no work counted.")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile of plain PyTorch as a baseline; takes minutes.")
     ] = False,
