@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,26 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"weights\.pth: no checkpoint of tensors"):
+        read_official(path)
+
+
+@pytest.mark.parametrize("damage", ["value", "marked as a folder"])
+def test_values_that_are_not_what_was_written_are_refused(damage, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(small_state(), path)
+    with zipfile.ZipFile(path) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
+        directory = archive.start_dir
+    content = bytearray(path.read_bytes())
+    if damage == "value":
+        content[content.index(torch.full((6,), 2.0).numpy().tobytes())] ^= 1
+    else:
+        attributes = content.rindex(entry.filename.encode()) - 8
+        assert attributes > directory
+        content[attributes] |= 0x10
+    path.write_bytes(content)
+    assert len(torch.load(path, weights_only=True)) == 4  # without a word
+    with pytest.raises(CheckpointError, match=r"weights\.pth: damaged, .* that of weights/data/0 does not fit"):
         read_official(path)
 
 
