@@ -41,9 +41,8 @@ struct ConvRelu {
   const int64_t strips = has_few_tiles ? smaller(tiles, 1) : divide_up(tiles, most_tiles);
   const int64_t strip_tiles = round_up(divide_up(tiles, larger(strips, 1)), row_step);
   const int64_t panels = divide_up(columns, panel);
-  const int64_t groups =
-      has_few_tiles ? panels : smaller(panels, divide_up(few_tasks, larger(strips, 1)));  // of panels
-  const int64_t tasks = strips * groups;
+  const int64_t groups_of_panels = has_few_tiles ? panels : smaller(panels, divide_up(few_tasks, larger(strips, 1)));
+  const int64_t tasks = strips * groups_of_panels;
   const int64_t values_pitch = strip_tiles * pitch + lanes;           // from point to point
   const int64_t products_pitch = strip_tiles * panel + lanes;         // from point to point
   const int64_t row_pixels = 2 * smaller(strip_tiles, tile_columns);  // of a strip's results
@@ -104,17 +103,16 @@ struct ConvRelu {
     fill_vector<S>(call.scale, shape.out_channels, shared.scale);
     fill_vector<S>(call.shift, shape.out_channels, shared.shift);
     in_parallel(tasks, [&](int64_t task, const Scratch& own) {
-      const int64_t strip = task / groups, group = task % groups;
-      compute(strip * strip_tiles, smaller(tiles, (strip + 1) * strip_tiles), group * panels / groups,
-              (group + 1) * panels / groups, shared, own);
+      const int64_t strip = task / groups_of_panels, group = task % groups_of_panels;
+      compute(strip * strip_tiles, smaller(tiles, (strip + 1) * strip_tiles), group * panels / groups_of_panels,
+              (group + 1) * panels / groups_of_panels, shared, own);
     });
   }
 
   int64_t panel_width(int64_t column) const { return smaller(panel, columns - column); }
   int64_t weights_pitch(int64_t width) const { return depth * width + lanes; }  // from point to point
-  int64_t place_of(int64_t column) const {
-    return winograd_points * (column * depth + column / panel * lanes);
-  }  // of a panel
+  // of the panel that begins there, among all transformed weights
+  int64_t place_of(int64_t column) const { return winograd_points * (column * depth + column / panel * lanes); }
 
   // Panels follow each other, each 16 times [depth, width]. One vector of columns at a time is transformed.
   void pack(int64_t column, T* weights, T* filters) const {
