@@ -72,7 +72,7 @@ def test_a_kernel_that_spills_is_reported(tmp_path):
     code = (
         "from dataclasses import replace; from mitnet_fast.triton_kernels import ahead_of_time as a;"
         "kernel = next(k for k in a.kernels(90) if k.name.startswith('grad_weight_kernel'));"
-        "constants = kernel.launch.constants | {'num_warps': 1};"
+        "constants = kernel.launch.constants | {'num_warps': 1, 'BLOCK_R': 256};"
         "kernel = replace(kernel, launch=replace(kernel.launch, constants=constants));"
         "print(a.usage(a.compile_kernel(kernel, 90))[1])"
     )
@@ -80,4 +80,4 @@ def test_a_kernel_that_spills_is_reported(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    assert int(printed) > 0  # bytes for each thread: one warp has too few registers
+    assert int(printed) > 1000  # bytes for each thread: one warp has too few registers for that tile
