@@ -264,6 +264,7 @@ def test_damaged_weights(examples: int, tmp_path: Path, capfd: pytest.CaptureFix
         assert restored.shape == image.shape
         if name in ("official.pt", "run.pt"):  # what is read of files with checksums is what was written
             assert torch.equal(restored, expected)
+        assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
 
     check()
     assert capfd.readouterr().err == ""
