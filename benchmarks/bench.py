@@ -6,11 +6,15 @@ Writes into the output folder
 
     bench.csv, bench.json   one row per piece of work and implementation, one schema (:class:`.measure.Result`)
     rates.json              copy bandwidth and matrix rate of this machine, measured in the same run
-    work.csv, work.json     operators and bytes of a training step, counted (not with --quick)
+    work.csv, work.json     operators and bytes of a training step, counted
     work-parts.csv, .json   what the fused networks' steps are made of
     scaling.csv, .json      inference from small images to large ones, and of several at once
     speedups, roofline, scaling   as .png and .svg
     summary.md              all of it as tables, held against the targets
+
+The first case of the families' main operators (:data:`COMPILED`) is held against torch.compile as well, all
+cases and whole networks with ``--compile``. ``--quick`` measures small cases for a short time; it leaves out
+torch.compile, what networks need of memory, image sizes and work.
 
 What fails its check has no speed. Rates and rows come from one process on one machine; where they are
 shared with others' work, the ratios hold and the percentiles show how much to trust them.
@@ -19,6 +23,7 @@ shared with others' work, the ratios hold and the percentiles show how much to t
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,9 +38,9 @@ from . import models, ops, plots, scaling, summary, work
 from .measure import Result, environment, machine_rates, write_results
 
 DEVICES = ("cpu", "cuda")
-QUICK_SECONDS, SECONDS = 0.3, 1.2  # per implementation and piece of work
-QUICK_SIDES = (64, 128)  # of the images that are restored, pixels
-SCALING_SECONDS = 45.0  # per network
+QUICK_SECONDS, SECONDS = 0.2, 0.6  # per implementation and piece of work
+SCALING_SECONDS = 30.0  # per network
+COMPILED = ("predicted_dynamic_filter", "amplitude_phase_conv", "window_attention")  # the networks' own, one a family
 
 
 def run(
@@ -52,9 +57,9 @@ def run(
 
     Args:
         output: the folder, made if missing; files of an earlier run are replaced.
-        quick: the first case of every operator at half its height and width, short timings, small images, and no work
-            counted, which does not depend on the machine.
-        compiled: torch.compile of the plain forms as a baseline, which takes minutes for whole networks.
+        quick: the first case of every operator at half its height and width, networks on one small image, short
+            timings; neither torch.compile nor memory of networks nor image sizes nor counted work.
+        compiled: torch.compile of all plain forms as a baseline, which takes minutes for whole networks.
         families: kernel families whose operators are measured.
         networks: whole networks that are measured.
         device: "cpu" or "cuda".
@@ -87,9 +92,10 @@ def run(
     results: list[Result] = []
     sizes: list[scaling.Scaling] = []
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        counting = () if quick else networks
-        total = 1 + len(cases) + len(pieces) + len(networks) + len(counting)
+    with Progress(*columns, console=console, transient=True) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")  # what its compiler says of plain PyTorch
+        whole = () if quick else networks
+        total = 1 + len(cases) + len(pieces) + 2 * len(whole)
         task = progress.add_task("this machine's rates", total=total)
 
         def begin(what: str) -> None:
@@ -98,24 +104,24 @@ def run(
         rates = machine_rates(device)
         for spec, case in cases:
             begin(spec.name)
-            rows = ops.benchmark(spec, case, device, seconds, compiled)
+            is_main = spec.name in COMPILED and case is spec.benchmark_cases[0]
+            rows = ops.benchmark(spec, case, device, seconds, compiled or (is_main and not quick))
             results += [ops.with_limits(row, rates) for row in rows]
         for network, piece in pieces:
             begin(f"{network}, {piece}")
-            results += models.measure(network, piece, batch, size, device, seconds, compiled)
-        for network in networks:
+            results += models.measure(network, piece, batch, size, device, seconds, compiled=compiled, quick=quick)
+        for network in whole:
             begin(f"{network}, image sizes")
-            sides, batches = (QUICK_SIDES, (1,)) if quick else (None, scaling.BATCHES)
-            sizes += scaling.measure(network, device, SCALING_SECONDS, sides=sides, batches=batches)
+            sizes += scaling.measure(network, device, SCALING_SECONDS)
         counted, parts = [], []
-        for network in counting:
+        for network in whole:
             begin(f"{network}, work")
             counted += work.rows(network)
             parts += work.parts(network)
     ops.show([row for row in results if row.kind == "operator"], console)
     models.show([row for row in results if row.kind == "network"], console)
-    scaling.show([asdict(row) for row in sizes], console)
-    if counted:
+    if whole:
+        scaling.show([asdict(row) for row in sizes], console)
         work.show(counted, console)
     (output / "rates.json").write_text(json.dumps(rates | environment(device), indent=1) + "\n")
     tables = {"bench": results, "work": counted, "work-parts": parts, "scaling": sizes}

@@ -60,6 +60,7 @@ from .measure import (
 
 TRAINING, WITH_DATA, INFERENCE = "training step", "training step with data", "inference"
 WORK = (TRAINING, WITH_DATA, INFERENCE)
+TURNS, QUICK_TURNS = 5, 3  # of each implementation, at the least
 CHECKED_SIZE = 64  # pixels, side of the images on which results are compared
 WARMED_SIZE = 32  # pixels, side of the images that start thread pools and libraries before memory is measured
 CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips, the median does not
@@ -249,7 +250,15 @@ def photographs_on_disk(size: int) -> Iterator[Path]:
 
 
 def time_with_data(
-    network: str, implementation: Implementation, folder: Path, batch: int, size: int, device: str, seconds: float
+    network: str,
+    implementation: Implementation,
+    folder: Path,
+    batch: int,
+    size: int,
+    device: str,
+    *,
+    seconds: float,
+    least: int,
 ) -> Timing:
     """Training steps in a row, each from asking the loader for its batch to having its losses."""
     config = configuration(network, implementation, batch, size, device)
@@ -263,7 +272,7 @@ def time_with_data(
     with implementation.backends(device), closing(loaded):
         for _ in range(WARM_UP + 1 if device == "cuda" else 1):
             system.training_step(next(loaded))
-        while len(durations) < 3 or (sum(durations) < seconds and len(durations) < 100):
+        while len(durations) < least or (sum(durations) < seconds and len(durations) < 100):
             begun = time.perf_counter()
             system.training_step(next(loaded))
             durations.append(time.perf_counter() - begun)
@@ -271,9 +280,19 @@ def time_with_data(
 
 
 def measure(
-    network: str, work: str, batch: int, size: int, device: str, seconds: float, compiled: bool = False
+    network: str,
+    work: str,
+    batch: int,
+    size: int,
+    device: str,
+    seconds: float,
+    *,
+    compiled: bool = False,
+    quick: bool = False,
 ) -> list[Result]:
-    """All implementations of one piece of work."""
+    """All implementations of one piece of work; ``quick`` leaves out memory and takes fewer turns."""
+    least = QUICK_TURNS if quick else TURNS
+    with_memory = not quick and work != WITH_DATA
     chosen = implementations(work, device, compiled)
     calls: dict[str, Callable[[int], object]] = {}
     timings: dict[str, Timing] = {}
@@ -299,13 +318,15 @@ def measure(
         with photographs_on_disk(size) as folder:
             for name in [name for name in chosen if name not in problems]:
                 try:
-                    timings[name] = time_with_data(network, chosen[name], folder, batch, size, device, seconds)
+                    timings[name] = time_with_data(
+                        network, chosen[name], folder, batch, size, device, seconds=seconds, least=least
+                    )
                 except RuntimeError as error:
                     if chosen[name].step == "eager":
                         raise
                     problems[name] = _problem_of(chosen[name], error)
     else:
-        timings = take_turns(calls, device, seconds=seconds)
+        timings = take_turns(calls, device, seconds=seconds, least=least)
     fastest_plain = min(timings[name].median for name in PLAIN if name in timings)
     workers = configuration(network, IMPLEMENTATIONS["plain"], batch, size, device).data.workers
     return [
@@ -325,8 +346,7 @@ def measure(
             bandwidth_share=None,
             gigaflops=None,
             matrix_rate_share=None,
-            memory_mb=timing
-            and (measured_memory(network, work, name, batch, size, device) if work != WITH_DATA else None),
+            memory_mb=measured_memory(network, work, name, batch, size, device) if timing and with_memory else None,
             **environment(device),
         )
         for name, implementation in chosen.items()
@@ -340,8 +360,9 @@ def _problem_of(implementation: Implementation, error: Exception) -> str:
 
 def show(rows: list[Result], console: Console) -> None:
     """Print one table per network."""
+    with_memory = any(row.memory_mb is not None for row in rows)
+    columns = ("work", "implementation", "ms", "p20–p80", "× plain", *(["peak MB"] if with_memory else []))
     for network in dict.fromkeys(row.name for row in rows):
-        columns = ("work", "implementation", "ms", "p20–p80", "× plain", "peak MB")
         table = Table(*columns, title=f"{network}, float32")
         for column in table.columns[2:]:
             column.justify = "right"
@@ -358,7 +379,7 @@ def show(rows: list[Result], console: Console) -> None:
                 f"{row.median_ms:.0f}",
                 f"{row.p20_ms:.0f}–{row.p80_ms:.0f}",
                 f"{row.speedup:.2f}",
-                "" if row.memory_mb is None else f"{row.memory_mb:.0f}",
+                *([f"{row.memory_mb:.0f}"] if row.memory_mb is not None else []),
             )
         console.print(table)
 
@@ -379,7 +400,13 @@ def main() -> None:
         for work in WORK if options.work is None else (options.work,):
             with console.status(f"{network}, {work}"):
                 rows += measure(
-                    network, work, options.batch, options.size, options.device, options.seconds, options.compile
+                    network,
+                    work,
+                    options.batch,
+                    options.size,
+                    options.device,
+                    options.seconds,
+                    compiled=options.compile,
                 )
     show(rows, console)
     if options.output:

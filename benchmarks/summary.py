@@ -3,8 +3,8 @@
     python -m benchmarks.summary benchmarks/results/cpu README.md
 
 replaces what stands between the two ``performance`` marks of the README, so that no figure there is
-ever written by hand. Besides what :mod:`.bench` writes, the folder may hold ``compile.json`` (rows of
-:mod:`.ops` or :mod:`.models` with ``--compile``) and ``precision.json`` (of :mod:`.precision`).
+ever written by hand. Besides what :mod:`.bench` writes, the folder may hold ``precision.json`` (of
+:mod:`.precision`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
     """
     found = {
         name: json.loads((folder / f"{name}.json").read_text()) if (folder / f"{name}.json").exists() else []
-        for name in ("bench", "work", "work-parts", "scaling", "precision", "compile")
+        for name in ("bench", "work", "work-parts", "scaling", "precision")
     }
     rates = json.loads((folder / "rates.json").read_text())
     prefix = f"{pictures}/" if pictures else ""
@@ -54,7 +54,6 @@ def markdown(folder: Path, pictures: str = "") -> str:
             lines += [f"![How many times faster than plain PyTorch: {title}]({prefix}{title}.png)", "", *table(chosen)]
     if any(row["kind"] == "operator" for row in rows):
         lines += [f"![Operations per second below the machine's limits]({prefix}roofline.png)", ""]
-    lines += _compiled(found["compile"])
     lines += _work(found["work"])
     lines += _left(found["work"], found["work-parts"])
     if found["scaling"]:
@@ -62,7 +61,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
         lines += _scaling(found["scaling"])
     lines += _precision(found["precision"])
     device = "cpu" if rows[0]["threads"] else "cuda"
-    lines += _targets([*judge([rows, found["compile"]], device), *judge_work(found["work"])])
+    lines += _targets([*judge(rows, device), *judge_work(found["work"])])
     lines += _not_measured(found, device)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -94,20 +93,6 @@ def _operators(rows: Rows) -> Iterator[str]:
 
 def _folded(title: str) -> Iterator[str]:
     yield from ("<details>", f"<summary>{title}</summary>", "")
-
-
-def _compiled(rows: Rows) -> Iterator[str]:
-    if not rows:
-        return
-    yield f"Against `torch.compile`, a run of its own (commit {rows[0]['commit']}):"
-    yield ""
-    yield "| | | ms (p20–p80) | × eager |"
-    yield "|---|---|--:|--:|"
-    for row in rows:
-        if row["work"] != "forward":
-            cells = _row(f"`{row['name']}` {row['case']}, {row['work']}", row, None).split(" | ")
-            yield " | ".join(cells[:-1]) + " |"
-    yield ""
 
 
 def _row(name: str, row: Mapping[str, Any], memory: float | None, *more: str) -> str:
@@ -181,7 +166,10 @@ def _scaling(rows: Rows) -> Iterator[str]:
         speed = f"{1e6 * largest['seconds'] / largest['side'] ** 2:.2f}"
         yield "| " + " | ".join([network, implementation, f"{largest['side']}²", speed, *cells]) + " |"
     yield ""
-    yield "² memory above network and image between the two largest sizes; larger images go by `dehaze --tile`."
+    yield (
+        "² memory above network and image between the two largest sizes, until time or memory ended (commit "
+        f"{rows[0]['commit']}); larger images go by `dehaze --tile`."
+    )
     yield ""
 
 
@@ -216,15 +204,22 @@ def _targets(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _not_measured(found: Mapping[str, Rows], device: str) -> Iterator[str]:
-    missing = []
-    if device == "cpu":
-        missing.append("anything on a GPU (`make gpu-report` does)")
-    if not any(row["kind"] == "network" and row["implementation"] == "compile" for row in found["bench"]):
-        missing.append("whole networks under `torch.compile` (`--compile`, minutes)")
-    for name, what in (("compile", "operators under `torch.compile`"), ("precision", "what lower precision costs")):
-        if not found[name] and not any(r["implementation"].startswith(name) for r in found["bench"]):
-            missing.append(what)
-    yield f"Not measured: {'; '.join(missing)}." if missing else ""
+    networks, operators = ([row for row in found["bench"] if row["kind"] == kind] for kind in ("network", "operator"))
+
+    def lacks_compile(rows: Rows) -> bool:
+        return not any(row["implementation"].startswith("compile") for row in rows)
+
+    missing = {
+        "anything on a GPU (`make gpu-report` does)": device == "cpu",
+        "whole networks under `torch.compile` (`--compile`, minutes)": lacks_compile(networks),
+        "operators under `torch.compile`": lacks_compile(operators),
+        "memory of whole networks": all(row["memory_mb"] is None for row in networks),
+        "images of other sizes": not found["scaling"],
+        "counted work": not found["work"],
+        "what lower precision costs": not found["precision"],
+    }
+    if any(missing.values()):
+        yield f"Not measured: {'; '.join(what for what, is_missing in missing.items() if is_missing)}."
 
 
 def insert(readme: Path, text: str) -> None:

@@ -99,14 +99,14 @@ TARGETS = (
 WORK_TARGETS = (WorkTarget("MITNet", 400, 25.0), WorkTarget("DCMPNet", 1000, 90.0))
 
 
-def judge(runs: Sequence[Sequence[Row]], device: str) -> list[Verdict]:
+def judge(rows: Sequence[Row], device: str) -> list[Verdict]:
     """Every target, those of the other kind of device as not measured.
 
     Args:
-        runs: rows of :class:`.measure.Result`; what is compared comes from one of them, the first that has it.
+        rows: of :class:`.measure.Result`, all of one run.
         device: "cpu" or "cuda", where they were measured.
     """
-    return [_judge(target, runs if target.device == device else ()) for target in TARGETS]
+    return [_judge(target, rows if target.device == device else ()) for target in TARGETS]
 
 
 def judge_work(rows: Sequence[Row]) -> list[Verdict]:
@@ -123,7 +123,7 @@ def judge_work(rows: Sequence[Row]) -> list[Verdict]:
     ]
 
 
-def _judge(target: Target, runs: Sequence[Sequence[Row]]) -> Verdict:
+def _judge(target: Target, rows: Sequence[Row]) -> Verdict:
     against = " or ".join(target.against)
     words = {
         "time": f"time against {against}",
@@ -138,11 +138,8 @@ def _judge(target: Target, runs: Sequence[Sequence[Row]]) -> Verdict:
     form = {"time": "{:.2f}×", "memory": "{:.3f}"}.get(target.quantity, "{:.0%}")
     at_most = target.quantity == "memory"
     worst = max if at_most else min
-    for rows in runs:
-        found = [_found(target, _of(target, rows, case)) for case in target.cases]
-        if None not in found:
-            return _verdict(subject, worst(found), target.value, form, at_most=at_most)
-    return _verdict(subject, None, target.value, form, at_most=at_most)
+    found = [_found(target, _of(target, rows, case)) for case in target.cases]
+    return _verdict(subject, None if None in found else worst(found), target.value, form, at_most=at_most)
 
 
 def _verdict(subject: str, found: float | None, aim: float, form: str, *, at_most: bool = True) -> Verdict:

@@ -377,7 +377,7 @@ def bench(
         "bench"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="One small case of each operator, small images, no work counted.")
+        bool, typer.Option("--quick", help="Small cases for a short time, in less than two minutes.")
     ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile of plain PyTorch as a baseline; takes minutes.")
