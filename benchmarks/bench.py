@@ -39,7 +39,8 @@ from .measure import Result, environment, machine_rates, write_results
 
 DEVICES = ("cpu", "cuda")
 QUICK_SECONDS, SECONDS = 0.2, 0.6  # per implementation and piece of work
-SCALING_SECONDS = 30.0  # per network
+SCALING_SECONDS = 30.0  # per network, for images one at a time
+BATCHES = (1, 4)  # images at once
 COMPILED = ("predicted_dynamic_filter", "amplitude_phase_conv", "window_attention")  # the networks' own, one a family
 
 
@@ -112,7 +113,7 @@ def run(
             results += models.measure(network, piece, batch, size, device, seconds, compiled=compiled, quick=quick)
         for network in whole:
             begin(f"{network}, image sizes")
-            sizes += scaling.measure(network, device, SCALING_SECONDS)
+            sizes += scaling.measure(network, device, SCALING_SECONDS, batches=BATCHES)
         counted, parts = [], []
         for network in whole:
             begin(f"{network}, work")

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 LONG = 0.3  # seconds from which on a call needs no second warm-up
+TURNS = 5  # of each implementation, at the least
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Timing:
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[int], object]], device: str, *, seconds: float = 2.0, least: int = 3
+    calls: Mapping[str, Callable[[int], object]], device: str, *, seconds: float = 2.0, least: int = TURNS
 ) -> dict[str, Timing]:
     """Time several implementations of the same work, one call of each in turn.
 

@@ -47,6 +47,7 @@ from mitnet_fast.training.sampler import EpochBatches
 from mitnet_fast.training.step import WARM_UP
 
 from .measure import (
+    TURNS,
     Result,
     Timing,
     environment,
@@ -60,7 +61,7 @@ from .measure import (
 
 TRAINING, WITH_DATA, INFERENCE = "training step", "training step with data", "inference"
 WORK = (TRAINING, WITH_DATA, INFERENCE)
-TURNS, QUICK_TURNS = 5, 3  # of each implementation, at the least
+QUICK_TURNS = 3  # of each implementation, in a quick run
 CHECKED_SIZE = 64  # pixels, side of the images on which results are compared
 WARMED_SIZE = 32  # pixels, side of the images that start thread pools and libraries before memory is measured
 CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips, the median does not

@@ -80,24 +80,20 @@ def once(network: str, name: str, batch: int, side: int, device: str) -> tuple[f
         return seconds[0], peak / 1e6
 
 
-def measure(
-    network: str, device: str, seconds: float, *, sides: Sequence[int] | None = None, batches: Sequence[int] = BATCHES
-) -> Iterator[Scaling]:
+def measure(network: str, device: str, seconds: float, *, batches: Sequence[int] = BATCHES) -> Iterator[Scaling]:
     """Inference at doubling sizes, then of several images at once, until time or memory ends.
 
     Args:
         network: "MITNet" or "DCMPNet".
         device: "cpu" or "cuda".
-        seconds: roughly for all of it; a size that would take longer than what is left is not begun.
-        sides: of the images, pixels; None: from :data:`SMALLEST` to :data:`LARGEST`.
+        seconds: for images one at a time; a size that would take longer than what is left is not begun.
         batches: numbers of images of 128×128 pixels.
     """
     ends = time.monotonic() + seconds
-    if sides is None:
-        sides = [SMALLEST * 2**step for step in range((LARGEST // SMALLEST).bit_length())]
-    spent = 0.0
-    for side in sides:
-        if spent and time.monotonic() + 4 * spent > ends:
+    expected = 0.0
+    for step in range((LARGEST // SMALLEST).bit_length()):
+        side = SMALLEST * 2**step
+        if expected and time.monotonic() + expected > ends:
             break
         begun = time.monotonic()
         try:
@@ -105,7 +101,8 @@ def measure(
         except torch.OutOfMemoryError:
             break
         yield from rows
-        spent = time.monotonic() - begun
+        # four times the pixels, and the same preparations again
+        expected = time.monotonic() - begun + 4 * sum(row.seconds for row in rows)
         if device == "cpu" and 4 * max(row.memory_mb for row in rows) > 0.7 * _available_mb():
             break
     for batch in batches[1:]:
@@ -119,7 +116,7 @@ def _rows(network: str, batch: int, side: int, device: str) -> Iterator[Scaling]
     timings = {}
     if max(seconds for seconds, _ in single.values()) < IN_TURNS:
         turns = {name: turn(network, INFERENCE, IMPLEMENTATIONS[name], batch, side, device) for name in COMPARED}
-        timings = take_turns(turns, device, seconds=0.5)
+        timings = take_turns(turns, device, seconds=0.5, least=3)
     for name, (seconds, memory_mb) in single.items():
         timing = timings.get(name)
         yield Scaling(
@@ -173,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(NETWORKS), help="one network; both by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=40.0, help="for each network, roughly")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for each network's images one at a time")
     parser.add_argument("--output", type=Path, help="write OUTPUT.csv and OUTPUT.json")
     options = parser.parse_args()
     console = Console()
