@@ -209,9 +209,12 @@ def test_networks_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(tmp_path.iterdir())
 
 
-def test_without_a_compiler_aoti_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ExportError, match=r"format: aoti needs a C\+\+ compiler, and there is none here"):
+def test_without_a_compiler_aoti_says_so(tmp_path: Path) -> None:
+    # Inductor's own patch: pytest's would delete the setting afterwards, and nothing compiled in this process any more
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ExportError, match=r"format: aoti needs a C\+\+ compiler, and there is none here"),
+    ):
         export(network("mitnet"), tmp_path / "a.pt2", size=(8, 8), format="aoti")
     assert not any(tmp_path.iterdir())
 
