@@ -9,6 +9,7 @@ by the CPU, random numbers and learning rate among its inputs, decisions taken o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -16,8 +17,9 @@ import torch
 
 from .distributed import Processes
 
-WARM_UP = 3  # steps before the recording: kernels are chosen and compiled, optimizers make their state
+WARM_UP = 3  # steps before the recording, in its shapes: kernels are chosen and compiled, optimizers make their state
 Inputs = Mapping[str, torch.Tensor]
+Shapes = frozenset[tuple[str, torch.Size, torch.dtype]]
 Step = Callable[[Inputs], torch.Tensor]
 
 
@@ -74,8 +76,10 @@ def why_no_graph(device: torch.device, processes: Processes) -> str | None:
 class GraphedStep:
     """A step that records itself after :data:`WARM_UP` calls, and is replayed from then on.
 
-    The calls before are steps like all others. Where recording fails, and for inputs of other shapes or
-    types than the recorded ones, the step runs call by call, with the same result.
+    The calls before are steps like all others. They are counted for inputs of the same shapes and types, so
+    that what is recorded is not the short last batch of an epoch because it happens to come fourth. Where
+    recording fails, and for inputs of other shapes or types than the recorded ones, the step runs call by
+    call, with the same result.
 
     Args:
         step: what to record; it works on tensors that stay where they are, and on its inputs.
@@ -87,7 +91,7 @@ class GraphedStep:
         self._step = step
         self._recorder = recorder
         self._say = say
-        self._calls = 0
+        self._warm_ups: Counter[Shapes] = Counter()
         self._inputs: dict[str, torch.Tensor] | None = None
         self._failed = self._said_other_shapes = False
 
@@ -100,10 +104,11 @@ class GraphedStep:
         Returns:
             What the step returns, in memory that the next call may overwrite.
         """
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            return self._recorder.warm_up(lambda: self._step(inputs))
         if self._inputs is None and not self._failed:
+            shapes = _shapes(inputs)
+            if self._warm_ups[shapes] < WARM_UP:
+                self._warm_ups[shapes] += 1
+                return self._recorder.warm_up(lambda: self._step(inputs))
             self._record(inputs)
         if self._failed or not self._fit(inputs):
             return self._step(inputs)
@@ -122,11 +127,15 @@ class GraphedStep:
             self._inputs = static
 
     def _fit(self, inputs: Inputs) -> bool:
-        shapes, recorded = ({name: (v.shape, v.dtype) for name, v in d.items()} for d in (inputs, self._inputs))
-        if shapes != recorded and not self._said_other_shapes:
+        fit = _shapes(inputs) == _shapes(self._inputs)
+        if not fit and not self._said_other_shapes:
             self._said_other_shapes = True
             self._say("batches of other shapes than the recorded one run call by call")
-        return shapes == recorded
+        return fit
+
+
+def _shapes(inputs: Inputs) -> Shapes:
+    return frozenset((name, value.shape, value.dtype) for name, value in inputs.items())
 
 
 def _first_line(error: BaseException) -> str:

@@ -50,9 +50,10 @@ class OperatorGraph:
 
     def __init__(self) -> None:
         self.calls = []
-        self.replays = 0
+        self.warm_ups = self.replays = 0
 
     def warm_up(self, call):
+        self.warm_ups += 1
         return call()
 
     def record(self, call):
@@ -162,6 +163,33 @@ def test_batches_of_other_shapes_run_call_by_call():
     assert changed(numbers(eager), numbers(graphed)) == set()
     assert said == ["batches of other shapes than the recorded one run call by call"]
     assert graph.replays == 3
+
+
+OTHER_SHAPES = ["batches of other shapes than the recorded one run call by call"]
+
+
+@pytest.mark.parametrize(
+    ("order", "warm_ups", "replays", "messages"),
+    [
+        ("FFFSFFFS", 3 + 1, 3, OTHER_SHAPES),  # four batches an epoch: the short one is call WARM_UP + 1
+        ("FSFSFSFSFS", 3 + 3, 2, OTHER_SHAPES),  # two
+        ("SFFFF", 1 + 3, 1, []),  # resumed before the last batch of an epoch
+        ("FFBFF", 3 + 1, 1, []),
+        ("FFFBFB", 3 + 1, 1, OTHER_SHAPES),
+        ("FSB", 1 + 1 + 1, 0, []),
+        ("SFSFSSF", 3 + 2, 1, OTHER_SHAPES),  # whichever comes often enough first
+    ],
+)
+def test_what_is_recorded_has_been_warmed_up_in_its_own_shapes(order, warm_ups, replays, messages):
+    full = BATCHES[0]
+    eight_bit = {k: v if k == "depth" else (255 * v).round().to(torch.uint8) for k, v in full.items()}
+    batches = {"F": full, "S": batch_of(1), "B": eight_bit}
+    eager, graphed = system_of("mitnet"), system_of("mitnet")
+    said = recorded(graphed, graph := OperatorGraph())
+    expected, actual = ([system.training_step(batches[k]) for k in order] for system in (eager, graphed))
+    assert as_text(actual) == as_text(expected)
+    assert changed(numbers(eager), numbers(graphed)) == set()
+    assert (graph.warm_ups, graph.replays, said) == (warm_ups, replays, messages)
 
 
 def test_a_loaded_state_is_recorded_anew():
