@@ -30,7 +30,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import log2
+from math import log2, prod
 from random import Random
 
 import torch
@@ -80,6 +80,8 @@ class Case:
 class OpSpec:
     """What tests, verification and benchmarks know about an operator.
 
+    The bytes that a call must move follow from its shapes by one rule, :meth:`bytes_at_least`.
+
     Attributes:
         name: the public function in ``mitnet_fast.ops``.
         family: its kernel family.
@@ -91,8 +93,10 @@ class OpSpec:
         typical: one of middling size, two samples and every tensor present.
         random_sizes: draws sizes and options for the seeded sweep.
         benchmark_cases: what users run, for speed and memory.
-        bytes_at_least: case to the bytes that forward and backward must move.
-        flops: case to the floating-point operations of forward and backward.
+        flops: case to the floating-point operations of the formula, forward and backward: those of its products
+            (a multiplication and an addition each) and transforms, with nothing computed a second time.
+        only_added: arguments whose values the backward does not need, since they are only added. A map among
+            them has the incoming gradient for its own.
         casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
             float32 and returns the dtype of its map.
         results: names of what is returned.
@@ -110,8 +114,8 @@ class OpSpec:
     typical: Case
     random_sizes: Callable[[Random], tuple[dict[str, int], dict[str, object]]]
     benchmark_cases: Sequence[Case]
-    bytes_at_least: Callable[[Case], tuple[int, int]]
     flops: Callable[[Case], tuple[int, int]]
+    only_added: tuple[str, ...] = ()
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
@@ -139,6 +143,20 @@ class OpSpec:
         """An incoming gradient for results ``like``, maps in the case's layout."""
         generator = torch.Generator().manual_seed(case.seed * 1_000_003 + 17)
         return tree_map(lambda t: _laid_out(tuple(t.shape), case.layout, generator, t.dtype).to(t.device), like)
+
+    def bytes_at_least(self, case: Case) -> tuple[int, int]:
+        """Bytes that forward and backward must move, by one rule for every operator.
+
+        The forward reads every argument and writes every result once. The backward reads the gradients of the
+        results and the arguments that it needs, and writes the gradients of all arguments, each once.
+        """
+        shapes = {name: shape for name, shape in self.shapes(case).items() if shape is not None}
+        arguments = {name: case.dtype.itemsize * prod(shape) for name, shape in shapes.items()}
+        results = sum(result.nbytes for result in tree_leaves(self.uninitialized(case, "meta")))
+        needed = sum(size for name, size in arguments.items() if name not in self.only_added)
+        passed_on = sum(size for name, size in arguments.items() if name in self.only_added and name in self.maps)
+        all_arguments = sum(arguments.values())
+        return all_arguments + results, results + needed + all_arguments - passed_on
 
     def run(self, case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Results:
         """Call the public function."""
@@ -354,28 +372,31 @@ def _pixels(case: Case) -> int:
     return case.sizes["batch"] * case.sizes["height"] * case.sizes["width"]
 
 
-def _dynamic_filter_bytes(case: Case) -> tuple[int, int]:
-    c, taps = case.sizes["channels"], case.sizes["kernel_size"] ** 2
-    element = case.dtype.itemsize * _pixels(case) * c
-    return element * (2 + taps), element * (3 + 2 * taps)
+def _with_gradients(products: int) -> tuple[int, int]:
+    """Operations of products, and those of the gradients of both their factors."""
+    return products, 2 * products
+
+
+def _convolutions(
+    shapes: Callable[[Case], dict[str, tuple[int, ...] | None]], *weights: str
+) -> Callable[[Case], tuple[int, int]]:
+    """Operations of convolutions, in which every element of these weights meets every pixel, zeros around included."""
+
+    def flops(case: Case) -> tuple[int, int]:
+        return _with_gradients(2 * _pixels(case) * sum(prod(shapes(case)[name]) for name in weights))
+
+    return flops
 
 
 def _dynamic_filter_flops(case: Case) -> tuple[int, int]:
     products = _pixels(case) * case.sizes["channels"] * case.sizes["kernel_size"] ** 2
-    return 2 * products, 3 * products
-
-
-def _predicted_bytes(case: Case) -> tuple[int, int]:
-    element = case.dtype.itemsize * _pixels(case)
-    c, features = case.sizes["channels"], case.sizes["features"]
-    return element * (2 * c + features), element * (3 * c + 2 * features)
+    return 2 * products, 3 * products  # backward: nothing is added up in the gradient of the filters
 
 
 def _predicted_flops(case: Case) -> tuple[int, int]:
-    products = _pixels(case) * case.sizes["channels"] * case.sizes["kernel_size"] ** 2
-    matrix = 2 * products * case.sizes["features"]
-    # backward: the filters again, the gradient of the features, the gradient of the weight
-    return matrix + 2 * products, 3 * matrix + 3 * products
+    forward, backward = _dynamic_filter_flops(case)
+    prediction, gradients = _convolutions(_predicted_shapes, "weight")(case)
+    return forward + prediction, backward + gradients
 
 
 def _case(batch: int, channels: int, height: int, width: int, kernel_size: int = 3, residual=False, **more) -> Case:
@@ -403,7 +424,6 @@ DYNAMIC_FILTER = OpSpec(
     typical=_case(2, 7, 6, 9, 3, residual=True),
     random_sizes=_random_dynamic_filter,
     benchmark_cases=tuple(_case(2, c, s, s) for c, s in ((20, 256), (40, 128), (80, 64))),
-    bytes_at_least=_dynamic_filter_bytes,
     flops=_dynamic_filter_flops,
 )
 
@@ -429,7 +449,6 @@ PREDICTED_DYNAMIC_FILTER = OpSpec(
     benchmark_cases=tuple(
         _case(2, c, s, s, residual=True, features=c, bias=2) for c, s in ((20, 256), (40, 128), (80, 64))
     ),
-    bytes_at_least=_predicted_bytes,
     flops=_predicted_flops,
 )
 
@@ -459,18 +478,12 @@ def _window_attention_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     return {"qk": (b, 2 * c, h, w), "v": (b, c, h, w), "bias_table": (rows, case.options["num_heads"])}
 
 
-def _window_attention_bytes(case: Case) -> tuple[int, int]:
-    element = case.dtype.itemsize * _pixels(case) * case.sizes["channels"]
-    return element * 4, element * 7
-
-
 def _window_attention_flops(case: Case) -> tuple[int, int]:
     window_size, shift = case.options["window_size"], case.options["shift"]
     windows = case.sizes["batch"]
     for side in (case.sizes["height"], case.sizes["width"]):
         windows *= -(-(side + shift) // window_size)
-    product = 2 * windows * case.sizes["channels"] * window_size**4
-    return 2 * product, 5 * product  # backward: the scores again, and a product for dP, dV, dQ and dK
+    return _with_gradients(2 * 2 * windows * case.sizes["channels"] * window_size**4)  # scores, and values
 
 
 def _attention(batch: int, heads: int, head_size: int, height: int, width: int, window_size=8, shift=0) -> Case:
@@ -499,11 +512,12 @@ WINDOW_ATTENTION = OpSpec(
     typical=_attention(2, 2, 12, 13, 18, shift=4),
     random_sizes=_random_window_attention,
     benchmark_cases=(
-        _attention(2, 2, 12, 256, 256, shift=4),
-        _attention(2, 4, 12, 128, 128, shift=4),
-        _attention(2, 6, 16, 64, 64, shift=4),
+        *(
+            _attention(2, heads, size, side, side, shift=shift)
+            for shift in (4, 0)
+            for heads, size, side in ((2, 12, 256), (4, 12, 128), (6, 16, 64))
+        ),
     ),
-    bytes_at_least=_window_attention_bytes,
     flops=_window_attention_flops,
 )
 
@@ -584,21 +598,15 @@ def _random_amplitude_phase(random: Random) -> tuple[dict[str, int], dict[str, o
     }
 
 
-def _amplitude_phase_bytes(case: Case) -> tuple[int, int]:
-    element = case.dtype.itemsize * _pixels(case)
-    c, out = case.sizes["channels"], _amplitude_phase_output(case)[1]
-    return element * (c + out), element * (2 * c + out)
-
-
 def _amplitude_phase_flops(case: Case) -> tuple[int, int]:
     c, h, w, hidden = (case.sizes[name] for name in ("channels", "height", "width", "hidden"))
     out = _amplitude_phase_output(case)[1]
     bins = case.sizes["batch"] * h * (w // 2 + 1)
     transform = int(2.5 * _pixels(case) * log2(max(2, h * w)))  # of one channel
-    layers, projection = 4 * bins * c * hidden, 4 * bins * c * out if case.sizes["out"] else 0
-    forward = layers + projection + (c + out) * transform
-    # backward: the layers again, gradients of both factors of every product
-    return forward, 3 * layers + 2 * projection + (2 * c + out) * transform
+    # two layers of one part of the spectrum, one of both parts
+    forward, backward = _with_gradients(4 * bins * c * (hidden + case.sizes["out"]))
+    transforms = (c + out) * transform  # backward: their adjoints
+    return forward + transforms, backward + transforms
 
 
 def _spectral(
@@ -635,7 +643,6 @@ AMPLITUDE_PHASE_CONV = OpSpec(
         for c, s in ((20, 256), (40, 128), (80, 64), (160, 32))
         for mode in ("amplitude", "phase")
     ),
-    bytes_at_least=_amplitude_phase_bytes,
     flops=_amplitude_phase_flops,
     casts_like_convolution=False,
     as_seen=_amplitude_phase_as_seen,
@@ -683,23 +690,6 @@ def _mixing_weights(channels: int) -> dict[str, tuple[int, ...]]:
     return weights | {"proj_weight": (channels, channels), "proj_bias": (channels,)}
 
 
-def _mixing_bytes(case: Case, forward: int, backward: int) -> tuple[int, int]:
-    element = case.dtype.itemsize * _pixels(case) * case.sizes["channels"]
-    return element * forward, element * backward
-
-
-def _mlp_flops(case: Case) -> tuple[int, int]:
-    product = 2 * _pixels(case) * case.sizes["channels"] * case.sizes["hidden"]
-    return 2 * product, 5 * product  # backward: the hidden layer again, two factors of both products
-
-
-def _mixing_flops(case: Case, products: int) -> tuple[int, int]:
-    c = case.sizes["channels"]
-    product, local = 2 * _pixels(case) * c * c, 2 * _pixels(case) * c * LOCAL_SIZE**2
-    # backward: value and the local part again, two factors of every product
-    return products * product + local, (3 * products - 1) * product + 3 * local
-
-
 def _mlp_as_seen(
     case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
 ) -> Callable[..., torch.Tensor]:
@@ -731,11 +721,6 @@ def _qkv_output_shapes(case: Case) -> tuple[tuple[int, ...], ...]:
     return (b, c, h, w), (b, 2 * c, h, w), (b,), (b,)
 
 
-def _qkv_flops(case: Case) -> tuple[int, int]:
-    products = 6 * _pixels(case) * case.sizes["channels"] ** 2
-    return products, 2 * products  # backward: two factors
-
-
 def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     c, growth = case.sizes["channels"], case.sizes["growth"]
     weights = {"dense_weight": (45 * growth * (c + 2 * growth),), "dense_bias": (5 * growth,)}
@@ -745,12 +730,6 @@ def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
 def _random_dense(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     sizes, options = _random_mixing(random)
     return sizes | {"channels": random.choice((1, 3, 7, 24)), "growth": random.choice((1, 4, 20, 32))}, options
-
-
-def _dense_flops(case: Case) -> tuple[int, int]:
-    c, growth = case.sizes["channels"], case.sizes["growth"]
-    products = 2 * _pixels(case) * (_dense_shapes(case)["dense_weight"][0] + c * (c + 5 * growth))
-    return products, 3 * products  # backward: the features again, two factors of every product
 
 
 def _dense_as_seen(
@@ -796,17 +775,6 @@ def _random_conv(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     return sizes | {"joined": random.choice((0, 0, 1, 16, 20)), "out": random.choice((1, 7, 16, 40, 64))}, options
 
 
-def _conv_bytes(case: Case) -> tuple[int, int]:
-    element = case.dtype.itemsize * _pixels(case)
-    channels, out = case.sizes["channels"] + case.sizes["joined"], case.sizes["out"]
-    return element * (channels + out), element * (2 * channels + out)
-
-
-def _conv_flops(case: Case) -> tuple[int, int]:
-    product = 2 * _pixels(case) * 9 * (case.sizes["channels"] + case.sizes["joined"]) * case.sizes["out"]
-    return product, 3 * product  # as a convolution is counted; backward: the forward again, two factors of the product
-
-
 def _conv_as_seen(
     case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
 ) -> Callable[..., torch.Tensor]:
@@ -849,8 +817,8 @@ POINTWISE_MLP = OpSpec(
     typical=_mixed(2, 7, 6, 9, hidden=11),
     random_sizes=_random_mlp,
     benchmark_cases=tuple(_mixed(2, c, s, s, hidden=r * c) for c, s, r in ((24, 256, 2), (48, 128, 4), (96, 64, 4))),
-    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
-    flops=_mlp_flops,
+    flops=_convolutions(_mlp_shapes, "weight1", "weight2"),
+    only_added=("bias2",),
     as_seen=_mlp_as_seen,
 )
 
@@ -875,8 +843,8 @@ LOCAL_MIXING = OpSpec(
     typical=_mixed(2, 5, 6, 9),
     random_sizes=_random_mixing,
     benchmark_cases=_MIXING_BENCHMARKS,
-    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
-    flops=partial(_mixing_flops, products=2),
+    flops=_convolutions(_local_mixing_shapes, "value_weight", "local_weight", "proj_weight"),
+    only_added=("proj_bias",),
 )
 
 LOCAL_GLOBAL_MIXING = OpSpec(
@@ -889,8 +857,8 @@ LOCAL_GLOBAL_MIXING = OpSpec(
     typical=_mixed(2, 5, 6, 9),
     random_sizes=_random_mixing,
     benchmark_cases=_MIXING_BENCHMARKS,
-    bytes_at_least=partial(_mixing_bytes, forward=4, backward=5),
-    flops=partial(_mixing_flops, products=1),
+    flops=_convolutions(_local_global_mixing_shapes, "local_weight", "proj_weight"),
+    only_added=("x", "rebias"),
 )
 
 NORMALIZED_QKV = OpSpec(
@@ -911,8 +879,8 @@ NORMALIZED_QKV = OpSpec(
     typical=_mixed(2, 5, 6, 9),
     random_sizes=_random_mixing,
     benchmark_cases=_MIXING_BENCHMARKS,
-    bytes_at_least=partial(_mixing_bytes, forward=4, backward=5),
-    flops=_qkv_flops,
+    flops=_convolutions(_qkv_shapes, "value_weight", "query_key_weight"),
+    only_added=("value_bias", "query_key_bias"),
     results=("value", "query_key", "mean", "deviation"),
 )
 
@@ -933,8 +901,7 @@ DENSE_BLOCK = OpSpec(
     typical=_mixed(2, 3, 6, 9, growth=4),
     random_sizes=_random_dense,
     benchmark_cases=(_mixed(2, 3, 128, 128, growth=32), _mixed(2, 48, 64, 64, growth=32)),
-    bytes_at_least=partial(_mixing_bytes, forward=2, backward=3),
-    flops=_dense_flops,
+    flops=_convolutions(_dense_shapes, "dense_weight", "fuse_weight"),
     as_seen=_dense_as_seen,
 )
 
@@ -961,8 +928,7 @@ CONV_RELU = OpSpec(
         _mixed(2, 256, 32, 32, joined=0, out=256),
         _mixed(2, 512, 16, 16, joined=0, out=512),
     ),
-    bytes_at_least=_conv_bytes,
-    flops=_conv_flops,
+    flops=_convolutions(_conv_shapes, "weight"),
     as_seen=_conv_as_seen,
 )
 
