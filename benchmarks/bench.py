@@ -9,10 +9,10 @@ Writes into the output folder
     work.csv, work.json     operators and bytes of a training step, counted
     work-parts.csv, .json   what the fused networks' steps are made of
     scaling.csv, .json      inference from small images to large ones, and of several at once
-    speedups, roofline, scaling   as .png and .svg
+    operators, networks, roofline, scaling   as .png and .svg
     summary.md              all of it as tables, held against the targets
 
-The first case of the families' main operators (:data:`COMPILED`) is held against torch.compile as well, all
+The first case of an operator of every family (:data:`COMPILED`) is held against torch.compile as well, all
 cases and whole networks with ``--compile``. ``--quick`` measures small cases for a short time; it leaves out
 torch.compile, what networks need of memory, image sizes and work.
 
@@ -35,13 +35,13 @@ from mitnet_fast.ops._backends import FAMILIES
 from mitnet_fast.specs import SPECS, Case
 
 from . import models, ops, plots, scaling, summary, work
-from .measure import Result, environment, machine_rates, write_results
+from .measure import Result, environment, machine_rates, with_limits, write_results
 
 DEVICES = ("cpu", "cuda")
 QUICK_SECONDS, SECONDS = 0.2, 0.6  # per implementation and piece of work
 SCALING_SECONDS = 30.0  # per network, for images one at a time
 BATCHES = (1, 4)  # images at once
-COMPILED = ("predicted_dynamic_filter", "amplitude_phase_conv", "window_attention")  # the networks' own, one a family
+COMPILED = ("predicted_dynamic_filter", "amplitude_phase_conv", "window_attention", "pointwise_mlp")  # one a family
 
 
 def run(
@@ -107,10 +107,11 @@ def run(
             begin(spec.name)
             is_main = spec.name in COMPILED and case is spec.benchmark_cases[0]
             rows = ops.benchmark(spec, case, device, seconds, compiled or (is_main and not quick))
-            results += [ops.with_limits(row, rates) for row in rows]
+            results += [with_limits(row, rates) for row in rows]
         for network, piece in pieces:
             begin(f"{network}, {piece}")
-            results += models.measure(network, piece, batch, size, device, seconds, compiled=compiled, quick=quick)
+            rows = models.measure(network, piece, batch, size, device, seconds, compiled=compiled, quick=quick)
+            results += [with_limits(row, rates) for row in rows]
         for network in whole:
             begin(f"{network}, image sizes")
             sizes += scaling.measure(network, device, SCALING_SECONDS, batches=BATCHES)

@@ -6,12 +6,13 @@ Parts, each with a time limit of its own; one that fails leaves the others stand
 another, what is measured:
 
     rates         copy bandwidth and matrix rates of this GPU, which the benchmarks are held against
-    graph         training steps of both networks replayed from a CUDA graph, against the same steps run eagerly
+    graph         training steps of both networks replayed from CUDA graphs, against the same steps run eagerly
     operators-…   speed and memory of a family's operators against eager and torch.compile
-    network-…     training steps of MITNet and DCMPNet
+    network-…     training steps of MITNet and DCMPNet, in bfloat16 and with data as well
     inference     of MITNet and DCMPNet, and over image size and batch: the largest image per GiB
     demo          a small network trained on this GPU, which precision needs
     precision     its PSNR in TF32, bfloat16 and float16, part by part
+    work          operators and bytes of a training step, counted
 
 then, side by side, what is right or wrong:
 
@@ -45,8 +46,8 @@ from mitnet_fast.ops._backends import FAMILIES, why_not
 from mitnet_fast.specs import SPECS, outputs_and_gradients
 from mitnet_fast.verify import KERNELS
 
-from . import ops, plots, summary
-from .measure import Result, environment, machine_rates, write_results
+from . import plots, summary
+from .measure import Result, environment, machine_rates, with_limits, write_results
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURED = 0.65  # of the time at most, what is left is for the checks
@@ -76,12 +77,14 @@ def parts(folder: Path) -> Iterator[Part]:
     python = sys.executable
     families = [family for family in FAMILIES if ("cpp", "cuda") in KERNELS[family].dtypes]  # others are for the CPU
     yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30, alone=True)
-    yield Part("graph", (python, "-m", "benchmarks.graph_steps"), 60, alone=True)
-    operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3", "--cases", "3")
+    yield Part("graph", (python, "-m", "benchmarks.graph_steps"), 90, alone=True)
+    operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3")
+    cases = {"window_attention": ("--cases", "6")}  # three shapes, with and without a shift
     half = ("--dtype", "bfloat16", "--layout", "channels_last")
     for family in families:
         output = ("--output", str(folder / f"operators-{family}"))
-        yield Part(f"operators-{family}", (*operators, "--family", family, "--compile", *output), 75, alone=True)
+        words = ("--family", family, *cases.get(family, ("--cases", "3")), "--compile")
+        yield Part(f"operators-{family}", (*operators, *words, *output), 90, alone=True)
     networks = (python, "-m", "benchmarks.models", "--device", "cuda", "--batch", "8", "--size", "256")
     for network in ("MITNet", "DCMPNet"):
         words = ("--network", network, "--work", "training step", "--seconds", "1")
@@ -89,7 +92,8 @@ def parts(folder: Path) -> Iterator[Part]:
         yield Part(f"network-{network}", (*networks, *words, *output), 60, alone=True)
     for family in (family for family in families if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
         output = ("--output", str(folder / f"operators-{family}-bfloat16"))
-        yield Part(f"operators-{family}-bfloat16", (*operators, "--family", family, *half, *output), 45, alone=True)
+        words = ("--family", family, *cases.get(family, ("--cases", "3")), "--compile", *half)
+        yield Part(f"operators-{family}-bfloat16", (*operators, *words, *output), 75, alone=True)
     words = ("--work", "inference", "--seconds", "0.5", "--output", str(folder / "network-inference"))
     yield Part("inference", (*networks, *words), 40, alone=True)
     words = ("--device", "cuda", "--seconds", "10", "--output", str(folder / "scaling"))
@@ -98,6 +102,15 @@ def parts(folder: Path) -> Iterator[Part]:
     yield Part("demo", (python, "-m", "mitnet_fast", "demo", "--output", str(demo)), 75, alone=True)
     words = (str(demo / "mitnet-demo.safetensors"), "--device", "cuda", "--output", str(folder / "precision"))
     yield Part("precision", (python, "-m", "benchmarks.precision", *words), 40, alone=True)
+    for network in ("MITNet", "DCMPNet"):
+        for name, words in (
+            ("bfloat16", ("--work", "training step", "--dtype", "bfloat16")),
+            ("with-data", ("--work", "training step with data")),
+        ):
+            output = ("--network", network, "--seconds", "1", "--output", str(folder / f"network-{network}-{name}"))
+            yield Part(f"network-{network}-{name}", (*networks, *words, *output), 45, alone=True)
+    work = (python, "-m", "benchmarks.work", "--output", str(folder / "work"))
+    yield Part("work", work, 60, alone=True)
 
     yield Part("machine", (python, "-m", "mitnet_fast", "doctor"), 60)
     pytest = (python, "-m", "pytest", "-q", "-n", "4", "--maxfail", "20", "-m", "not exhaustive")
@@ -186,7 +199,7 @@ def _measured(folder: Path) -> Iterator[str]:
         return
     rates = json.loads((folder / "rates.json").read_text())
     rows = [Result(**row) for file in files for row in json.loads(file.read_text())]
-    write_results([ops.with_limits(row, rates) for row in rows], folder / "bench")
+    write_results([with_limits(row, rates) for row in rows], folder / "bench")
     plots.draw(folder)
     yield summary.markdown(folder)
 

@@ -1,8 +1,8 @@
 """How time and memory are measured, and what every result says about where it comes from.
 
 Time: implementations of one call take turns, so that a machine whose load changes slows all of them
-alike; every turn uses the next of several copies of the inputs, so that none finds its own in the
-cache. What is reported is the median with the 20th and 80th percentile.
+alike, and rotate through copies of the inputs, so that none finds those that the one before it has just
+used. What is reported is the median with the 20th and 80th percentile.
 
 Memory: the highest resident size during one call in a process of its own (CPU) or the allocator's
 peak (GPU), above what was there before. Such a process is forked from one that has imported everything
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,10 @@ class Result:
         median_ms, p20_ms, p80_ms: time of a call.
         runs: calls that were timed.
         speedup: over plain PyTorch (networks: the faster of its layouts).
-        gigabytes_per_second: bytes that must move at least, over the median.
+        gigabytes_per_second: bytes that must move at least, over the median; of operators.
         bandwidth_share: of the copy bandwidth measured in the same run.
-        gigaflops: floating-point operations of the formula, over the median.
+        gigaflops: floating-point operations of the formula, over the median; of networks those of their
+            convolutions and matrix products.
         matrix_rate_share: of the matrix rate measured in the same run.
         memory_mb: highest memory above inputs (operators: and results).
         device, threads, torch, triton, python, commit: where, and with what.
@@ -107,7 +108,8 @@ def take_turns(
     apart. (Memory that is fresh from the system costs far less: a page fault for every 4 KB of results.)
 
     Args:
-        calls: by name; each is given the number of the turn, to choose its copy of the inputs.
+        calls: by name; each is given a number that chooses its copy of the inputs, one lower than what the
+            call before it in the same turn was given.
         device: "cpu" or "cuda"; on the latter each call is timed by events.
         seconds: roughly how long each implementation runs in all.
         least: turns at the least.
@@ -122,8 +124,8 @@ def take_turns(
     turns = max(least, min(200, int(seconds / max(slowest, 1e-6))))
     durations = {name: [] for name in calls}
     for turn in range(turns):
-        for name, call in calls.items():
-            durations[name].append(_time(call, turn, device))
+        for place, (name, call) in enumerate(calls.items()):
+            durations[name].append(_time(call, turn - place, device))
     return {name: summary(values) for name, values in durations.items()}
 
 
@@ -219,7 +221,7 @@ def machine_rates(device: str) -> dict[str, float]:
         product in float32 (IEEE), on a GPU also tf32, bfloat16 and float16.
     """
     large = device == "cuda"
-    source = torch.ones(2**28 if large else 2**25, device=device)
+    source = torch.ones(2**28 if large else 2**27, device=device)  # more than any cache
     target = torch.empty_like(source)
     copy = take_turns({"copy": lambda turn: target.copy_(source)}, device, seconds=0.5)["copy"]
     rates = {"copy_gb_per_s": 2 * source.numel() * source.element_size() / copy.median / 1e9}
@@ -236,6 +238,22 @@ def machine_rates(device: str) -> dict[str, float]:
         rates[f"matrix_{name}_gflops"] = 2 * size**3 / product.median / 1e9
     torch.backends.cuda.matmul.fp32_precision = before
     return rates
+
+
+def float32_precision(device: str, *, matrix_products: bool = False) -> str:
+    """ "TF32" or "IEEE", as PyTorch is set for the convolutions or the matrix products of float32 on a device."""
+    setting = torch.backends.cuda.matmul if matrix_products else torch.backends.cudnn.conv
+    return "TF32" if device == "cuda" and setting.fp32_precision == "tf32" else "IEEE"
+
+
+def with_limits(row: Result, rates: Mapping[str, float]) -> Result:
+    """A row with its shares of the limits that were measured in the same run, see :func:`machine_rates`."""
+    rate = rates.get(f"matrix_{row.dtype if row.precision == 'IEEE' else 'tf32'}_gflops")
+    return replace(
+        row,
+        bandwidth_share=row.gigabytes_per_second and row.gigabytes_per_second / rates["copy_gb_per_s"],
+        matrix_rate_share=row.gigaflops and rate and row.gigaflops / rate,
+    )
 
 
 def environment(device: str) -> dict[str, str]:
@@ -266,8 +284,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of this project's own repository; an installed copy may lie in somebody else's."""
     root = Path(__file__).parent.parent
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    if not (root / ".git").exists():
+        return ""
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 

@@ -27,9 +27,20 @@ from mitnet_fast.reference.window_attention import padding, table_rows
 from mitnet_fast.specs import SPECS, Case, OpSpec, allowed_error, expectations, relative_error
 from mitnet_fast.verify import KERNELS
 
-from .measure import Result, Timing, environment, in_new_process, peak_memory, take_turns, times_of, write_results
+from .measure import (
+    Result,
+    Timing,
+    environment,
+    float32_precision,
+    in_new_process,
+    peak_memory,
+    take_turns,
+    times_of,
+    write_results,
+)
 
-COPIES = 3  # of the inputs, which the turns rotate through
+ROTATED = 2**26  # bytes of all copies of the inputs at least: second-level caches and those of GPUs hold less
+COPIES = (3, 32)  # least and most
 CHECKED_SIDE = 64  # of the maps that results are compared on, pixels; windows and transforms are as in larger ones
 FLEX_HEAD = 16  # channels that FlexAttention takes at the least
 
@@ -148,7 +159,7 @@ def check(
         try:
             results = step(function, tensors, gradient, backward=True)
         except Exception as error:  # of a compiler, whatever its kind
-            yield name, f"does not run: {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:80]}"
+            yield name, f"does not run: {_reason(error)}"
             continue
         fits = all(
             relative_error(result, truth[of])
@@ -158,12 +169,16 @@ def check(
         yield name, None if fits else "fails its check"
 
 
+def _reason(error: BaseException) -> str:
+    """What was raised first: compilers wrap what they find."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
+
+
 def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: bool) -> list[Result]:
     """All implementations of one case, forward and forward + backward; shares of limits are left to the caller."""
-    copies = []
-    for copy in range(COPIES):
-        tensors = spec.inputs(replace(case, seed=copy), device)
-        copies.append({name: t if t is None else t.requires_grad_() for name, t in tensors.items()})
+    copies = copied(spec.inputs(case, device))
     with torch.no_grad():
         gradient = spec.gradient(case, spec.run(case, copies[0], "reference"))
     functions = implementations(spec, case, device, compiled)
@@ -171,7 +186,7 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
     rows = []
     for backward in (False, True):
         calls = {
-            name: lambda turn, f=function, b=backward: step(f, copies[turn % COPIES], gradient, b)
+            name: lambda turn, f=function, b=backward: step(f, copies[turn % len(copies)], gradient, b)
             for name, function in functions.items()
             if problems[name] is None
         }
@@ -189,7 +204,7 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
                     case=_shape(case),
                     dtype=str(case.dtype).removeprefix("torch."),
                     layout=case.layout,
-                    precision=_precision(case, device),
+                    precision=precision(spec, case, device),
                     implementation=name,
                     problem=problems[name],
                     **times_of(timing),
@@ -205,28 +220,28 @@ def benchmark(spec: OpSpec, case: Case, device: str, seconds: float, compiled: b
     return rows
 
 
-def with_limits(row: Result, rates: Mapping[str, float]) -> Result:
-    """An operator's row with its shares of the limits that were measured in the same run."""
-    rate = rates.get(f"matrix_{row.dtype if row.precision == 'IEEE' else 'tf32'}_gflops")
-    return replace(
-        row,
-        bandwidth_share=row.gigabytes_per_second and row.gigabytes_per_second / rates["copy_gb_per_s"],
-        matrix_rate_share=row.gigaflops and rate and row.gigaflops / rate,
-    )
+def copied(tensors: Mapping[str, torch.Tensor | None]) -> list[dict[str, torch.Tensor | None]]:
+    """Copies of an operator's inputs, so many that they are more than :data:`ROTATED` where that is possible."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values() if tensor is not None)
+    least, most = COPIES
+    return [
+        {name: t if t is None else t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        for _ in range(min(most, max(least, -(-ROTATED // size))))
+    ]
 
 
 def _shape(case: Case) -> str:
     """The case's map as [B, C, H, W], then its other sizes and what it is asked to do by name."""
     sizes = dict(case.sizes)
     shape = [sizes.pop(name) for name in ("batch", "channels", "height", "width")]
-    words = {name: value for name, value in case.options.items() if isinstance(value, str)}
-    return " ".join([str(shape), *(f"{name}={value}" for name, value in (sizes | words).items())])
+    return " ".join([str(shape), *(f"{name}={value}" for name, value in (sizes | case.options).items())])
 
 
-def _precision(case: Case, device: str) -> str:
-    if case.dtype != torch.float32 or device == "cpu":
+def precision(spec: OpSpec, case: Case, device: str) -> str:
+    """How the operator multiplies float32: window attention as matrix products do, the others as convolutions."""
+    if case.dtype != torch.float32:
         return "IEEE"
-    return "TF32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "IEEE"
+    return float32_precision(device, matrix_products=spec.family == "window_attention")
 
 
 def _measured_memory(spec: OpSpec, case: Case, name: str, device: str) -> float | None:
@@ -265,7 +280,8 @@ def show(rows: list[Result], console: Console) -> None:
     cases = dict.fromkeys((row.name, row.case, row.dtype, row.precision, row.layout) for row in rows)
     for name, case, dtype, precision, layout in cases:
         title = f"{name}, {case}, {dtype} ({precision}), {layout}"
-        table = Table("", "direction", "ms", "p20–p80", "× eager", "GB/s", "GFLOP/s", "extra MB", title=title)
+        rates = ("GB/s", "of copy", "GFLOP/s", "of matrix")
+        table = Table("", "direction", "ms", "p20–p80", "× eager", *rates, "extra MB", title=title)
         for column in table.columns[2:]:
             column.justify = "right"
         for row in rows:
@@ -282,10 +298,16 @@ def show(rows: list[Result], console: Console) -> None:
                 f"{row.p20_ms:.2f}–{row.p80_ms:.2f}",
                 f"{row.speedup:.2f}",
                 f"{row.gigabytes_per_second:.1f}",
+                _percent(row.bandwidth_share),
                 f"{row.gigaflops:.0f}",
+                _percent(row.matrix_rate_share),
                 "" if row.memory_mb is None else f"{row.memory_mb:.1f}",
             )
         console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def main() -> None:

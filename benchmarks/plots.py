@@ -159,33 +159,27 @@ def _legend(axes: Axes, entries: Iterable[tuple[str, str, str]], place: str, hei
 
 
 def scaling(rows: Sequence[dict]) -> Figure:
-    """Seconds and memory of restoring one image over its side, and seconds per image over the batch."""
+    """Seconds and memory of restoring one image over its side, and seconds per image over the batch.
+
+    Thin bars are the 20th to the 80th percentile; a time that rests on a single call has a hollow mark.
+    """
     several = [row for row in rows if row["batch"] > 1]
     panels = [
-        ("seconds per image", "side", lambda row: row["seconds"], lambda row: row["batch"] == 1),
-        ("peak memory, MB", "side", lambda row: row["memory_mb"], lambda row: row["batch"] == 1),
+        ("seconds per image", "side", "seconds", lambda row: row["batch"] == 1),
+        ("peak memory, MB", "side", "memory_mb", lambda row: row["batch"] == 1),
     ]
     if several:
         side = several[0]["side"]
-        label = f"seconds per image of {side}²"
-        panels.append((label, "batch", lambda row: row["seconds"] / row["batch"], lambda row: row["side"] == side))
+        panels.append((f"seconds per image of {side}²", "batch", "seconds", lambda row: row["side"] == side))
     figure = Figure(figsize=(4 * len(panels), 3.4))
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    for column, (label, over, value, belongs) in enumerate(panels):
+    for column, (label, over, field, belongs) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), 1 + column)
         chosen = [row for row in rows if belongs(row)]
         for network, colour in zip(networks, NETWORK_COLOURS, strict=False):
             for kind, style in STYLE.items():
                 line = [r for r in chosen if r["network"] == network and r["implementation"].startswith(kind)]
-                axes.plot(
-                    [row[over] for row in line],
-                    [value(row) for row in line],
-                    linestyle=style,
-                    marker="o",
-                    markersize=3.5,
-                    color=colour,
-                    label=f"{network}, {kind}",
-                )
+                _with_percentiles(axes, line, over, field, color=colour, linestyle=style, label=f"{network}, {kind}")
         places = sorted({row[over] for row in chosen})
         axes.set_xscale("log", base=2)
         if over == "side":
@@ -194,14 +188,35 @@ def scaling(rows: Sequence[dict]) -> Figure:
         else:
             axes.set_ylim(bottom=0)
         axes.set_xticks(places, [f"{place}²" if over == "side" else str(place) for place in places])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("image, pixels" if over == "side" else "images at once", fontsize=8, color=FAINT)
         axes.set_title(label, fontsize=9, color=INK, loc="left")
         _plain(axes, grid="both")
+        if over == "side":
+            axes.tick_params(axis="x", labelsize=7)  # so that seven sizes have room
         if column == 0:
             axes.legend(fontsize=7.5, frameon=False)
-    figure.suptitle("inference; " + where(rows), fontsize=8, color=FAINT, x=0.125, y=0.99, ha="left")
+    words = f"inference, {rows[0]['dtype']} {rows[0]['precision']}; {where(rows)}"
+    if any(row["runs"] == 1 for row in rows):
+        words += "; hollow: a single call"
+    figure.suptitle(words, fontsize=8, color=FAINT, x=0.125, y=0.99, ha="left")
     figure.subplots_adjust(wspace=0.25, top=0.86)
     return figure
+
+
+def _with_percentiles(axes: Axes, rows: Sequence[dict], over: str, field: str, *, color: str, **line) -> None:
+    """A line of what one image takes, and of times the percentiles and what rests on one call."""
+    places = [row[over] for row in rows]
+    images = [row["batch"] if field == "seconds" else 1 for row in rows]
+    values = [row[field] / count for row, count in zip(rows, images, strict=True)]
+    hollow = [index for index, row in enumerate(rows) if field == "seconds" and row["runs"] == 1]
+    filled = [index for index in range(len(rows)) if index not in hollow]
+    axes.plot(places, values, marker="o", markersize=3.5, markevery=filled, color=color, **line)
+    if field == "seconds":
+        low, high = ([row[f"{cut}_seconds"] / row["batch"] for row in rows] for cut in ("p20", "p80"))
+        axes.vlines(places, low, high, color=color, linewidth=0.8)
+    marks = {"marker": "o", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": color, "linestyle": ""}
+    axes.plot([places[index] for index in hollow], [values[index] for index in hollow], **marks)
 
 
 def where(rows: Sequence[dict]) -> str:

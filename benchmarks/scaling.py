@@ -2,10 +2,13 @@
 
     python -m benchmarks.scaling [--network MITNet] [--device cpu] [--seconds 40] [--output NAME]
 
-Sides double from 64 pixels to 8192 until time or memory ends; nothing is extrapolated. A size that takes
-less than a second is timed in turns with the other implementation, one that takes longer once, in the
-process of its own that measures its memory. Bytes per pixel are those between the two largest sizes: what
-every further pixel of an image needs, and with them the largest image that fits into a GiB.
+Sides double from 64 pixels to 8192. An implementation for which time or memory ends drops out, and the other
+goes on alone. A first call, in a process of its own, measures memory; what takes at most five seconds is then
+warmed up and timed at least three times, in turns with the other implementation. Of what takes longer that
+first call is the only one, and its row says so: one run.
+
+Nothing is extrapolated: memory per further pixel is that between the two largest sizes, and the image whose
+restoration needs a GiB lies between the two sizes that need less and more.
 """
 
 from __future__ import annotations
@@ -13,19 +16,33 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from .measure import environment, in_new_process, peak_memory, take_turns, write_results
+from .measure import (
+    Timing,
+    environment,
+    float32_precision,
+    in_new_process,
+    peak_memory,
+    summary,
+    take_turns,
+    write_results,
+)
 from .models import IMPLEMENTATIONS, INFERENCE, NETWORKS, WARMED_SIZE, prepare, turn
 
 SMALLEST, LARGEST = 64, 8192  # sides, pixels
 BATCHES = (1, 2, 4, 8)
-IN_TURNS = 1.0  # seconds of a call up to which it is timed in turns
+REPEATED = 5.0  # seconds of a call up to which it is timed again
+TURNS = 3  # of what is repeated, at the least
+SECONDS_IN_TURNS = 0.5  # of each implementation, at the least
+MEMORY_SHARE = 0.7  # of what the system has left, for one size
 COMPARED = ("plain, channels_last", "fused, channels_last")
 GIB = 2**30
 
@@ -39,8 +56,11 @@ class Scaling:
         implementation: of :data:`.models.IMPLEMENTATIONS`.
         batch: images at once.
         side: of the square images, pixels.
-        seconds: of the batch.
-        runs: calls that were timed; the median counts.
+        dtype: of network and images.
+        layout: of the maps.
+        precision: of float32 products, "IEEE" or "TF32".
+        seconds, p20_seconds, p80_seconds: of the batch, median and percentiles; all the same for a single call.
+        runs: calls that were timed; 1 for what takes more than :data:`REPEATED` seconds.
         memory_mb: highest memory above network and images.
         device, threads, torch, triton, python, commit: where, and with what.
     """
@@ -49,7 +69,12 @@ class Scaling:
     implementation: str
     batch: int
     side: int
+    dtype: str
+    layout: str
+    precision: str
     seconds: float
+    p20_seconds: float
+    p80_seconds: float
     runs: int
     memory_mb: float
     device: str
@@ -86,84 +111,149 @@ def measure(network: str, device: str, seconds: float, *, batches: Sequence[int]
     Args:
         network: "MITNet" or "DCMPNet".
         device: "cpu" or "cuda".
-        seconds: for images one at a time; a size that would take longer than what is left is not begun.
+        seconds: roughly, for images one at a time; what is expected to take longer than what is left is not begun.
         batches: numbers of images of 128×128 pixels.
     """
     ends = time.monotonic() + seconds
-    expected = 0.0
+    names = COMPARED
     for step in range((LARGEST // SMALLEST).bit_length()):
-        side = SMALLEST * 2**step
-        if expected and time.monotonic() + expected > ends:
-            break
-        begun = time.monotonic()
-        try:
-            rows = list(_rows(network, 1, side, device))
-        except torch.OutOfMemoryError:
-            break
+        rows = _rows(network, names, 1, SMALLEST * 2**step, device)
         yield from rows
-        # four times the pixels, and the same preparations again
-        expected = time.monotonic() - begun + 4 * sum(row.seconds for row in rows)
-        if device == "cpu" and 4 * max(row.memory_mb for row in rows) > 0.7 * _available_mb():
+        names = _going_on(rows, ends - time.monotonic(), device)
+        if not names:
             break
     for batch in batches[1:]:
-        yield from _rows(network, batch, 2 * SMALLEST, device)
+        yield from _rows(network, COMPARED, batch, 2 * SMALLEST, device)
 
 
-def _rows(network: str, batch: int, side: int, device: str) -> Iterator[Scaling]:
-    """Both implementations at one size."""
+def _rows(network: str, names: Sequence[str], batch: int, side: int, device: str) -> list[Scaling]:
+    """One size, of every implementation that fits into memory."""
     calls = once if device == "cuda" else lambda *arguments: in_new_process(once, *arguments)
-    single = {name: calls(network, name, batch, side, device) for name in COMPARED}
-    timings = {}
-    if max(seconds for seconds, _ in single.values()) < IN_TURNS:
-        turns = {name: turn(network, INFERENCE, IMPLEMENTATIONS[name], batch, side, device) for name in COMPARED}
-        timings = take_turns(turns, device, seconds=0.5, least=3)
-    for name, (seconds, memory_mb) in single.items():
-        timing = timings.get(name)
-        yield Scaling(
-            network,
-            name,
-            batch,
-            side,
-            timing.median if timing else seconds,
-            timing.runs if timing else 1,
-            memory_mb,
+    single = {}
+    for name in names:
+        with suppress(torch.OutOfMemoryError):
+            single[name] = calls(network, name, batch, side, device)
+    again = [name for name, (seconds, _) in single.items() if seconds <= REPEATED]
+    timings = {name: summary([seconds]) for name, (seconds, _) in single.items() if name not in again}
+    timings |= _in_turns(network, again, batch, side, device)
+    return [
+        Scaling(
+            network=network,
+            implementation=name,
+            batch=batch,
+            side=side,
+            dtype="float32",
+            layout="channels_last" if IMPLEMENTATIONS[name].layout == torch.channels_last else "contiguous",
+            precision=float32_precision(device),
+            seconds=timings[name].median,
+            p20_seconds=timings[name].p20,
+            p80_seconds=timings[name].p80,
+            runs=timings[name].runs,
+            memory_mb=single[name][1],
             **environment(device),
         )
+        for name in names
+        if name in timings
+    ]
+
+
+def _in_turns(network: str, names: Sequence[str], batch: int, side: int, device: str) -> dict[str, Timing]:
+    """Several calls of each implementation; where they do not fit into memory together, each by itself."""
+    if not names:
+        return {}
+    try:
+        return take_turns(
+            {name: turn(network, INFERENCE, IMPLEMENTATIONS[name], batch, side, device) for name in names},
+            device,
+            seconds=SECONDS_IN_TURNS,
+            least=TURNS,
+        )
+    except torch.OutOfMemoryError:
+        alone = [[name] for name in names] if len(names) > 1 else []
+    # only now, when the exception holds nothing any more
+    return {name: timing for one in alone for name, timing in _in_turns(network, one, batch, side, device).items()}
+
+
+def _going_on(rows: Sequence[Scaling], left: float, device: str) -> tuple[str, ...]:
+    """The implementations whose next size fits into memory and into the seconds left, the faster one first."""
+    chosen = []
+    for row in sorted(rows, key=lambda row: row.seconds):
+        # a GPU says itself when its memory ends, a system stops processes
+        if device != "cuda" and 4 * row.memory_mb > MEMORY_SHARE * _available_mb():
+            continue
+        left -= _expected(row)
+        if left < 0:
+            break
+        chosen.append(row.implementation)
+    return tuple(name for name in COMPARED if name in chosen)
+
+
+def _expected(row: Scaling) -> float:
+    """Seconds of all calls at twice the side, four times the pixels."""
+    call = 4 * row.seconds
+    # the one that measures memory, then, of what is repeated, one to warm up and the turns
+    return call if call > REPEATED else 2 * call + max(TURNS * call, SECONDS_IN_TURNS)
 
 
 def _available_mb() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) / 1e3
+    return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024 / 1e6
 
 
-def bytes_per_pixel(rows: Sequence[dict], network: str, implementation: str) -> float | None:
-    """Memory that a further pixel needs, between the two largest images; None with fewer than two sizes."""
-    sizes = sorted(
+def _memory_of_sizes(rows: Sequence[dict], network: str, implementation: str) -> list[tuple[int, float]]:
+    """Pixels of each single image, ascending, and the bytes above network and image that restoring it needs."""
+    return sorted(
         (row["side"] ** 2, 1e6 * row["memory_mb"])
         for row in rows
         if (row["network"], row["implementation"], row["batch"]) == (network, implementation, 1)
     )
+
+
+def bytes_per_further_pixel(rows: Sequence[dict], network: str, implementation: str) -> float | None:
+    """Memory that a further pixel needs, between the two largest images; None with fewer than two sizes."""
+    sizes = _memory_of_sizes(rows, network, implementation)
     if len(sizes) < 2:
         return None
     (few, little), (many, much) = sizes[-2:]
     return (much - little) / (many - few)
 
 
-def largest_side_per_gib(bytes_of_a_pixel: float) -> int:
-    """Side of the largest square image whose restoration needs a GiB above network and image, pixels."""
-    return int((GIB / bytes_of_a_pixel) ** 0.5)
+def largest_side_per_gib(rows: Sequence[dict], network: str, implementation: str) -> int | None:
+    """Side of the square image whose restoration needs a GiB above network and image, pixels.
+
+    On the straight line between the first two neighbouring sizes that need less and more than that; None
+    where no two do.
+    """
+    for (few, little), (many, much) in pairwise(_memory_of_sizes(rows, network, implementation)):
+        if little <= GIB <= much:
+            return int((few + (many - few) * (GIB - little) / (much - little)) ** 0.5)
+    return None
+
+
+def image_per_gib(rows: Sequence[dict], network: str, implementation: str) -> str:
+    """The same in words: "964²", "more than 512²" where none measured needs a GiB, "" where all need more."""
+    side = largest_side_per_gib(rows, network, implementation)
+    if side is not None:
+        return f"{side:,}²"
+    sizes = _memory_of_sizes(rows, network, implementation)
+    return f"more than {sizes[-1][0] ** 0.5:,.0f}²" if sizes and sizes[-1][1] < GIB else ""
 
 
 def show(rows: Sequence[dict], console: Console) -> None:
-    """Print one table."""
-    table = Table("network", "implementation", "images", "seconds", "runs", "peak MB", title="inference over size")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for row in rows:
-        images = f"{row['batch']} × {row['side']}²" if row["batch"] > 1 else f"{row['side']}²"
-        cells = (row["network"], row["implementation"], images)
-        table.add_row(*cells, f"{row['seconds']:.3f}", str(row["runs"]), f"{row['memory_mb']:.0f}")
-    console.print(table)
+    """Print one table per network."""
+    columns = ("implementation", "images", "seconds", "p20–p80", "runs", "peak MB")
+    for network in dict.fromkeys(row["network"] for row in rows):
+        table = Table(*columns, title=f"{network}, inference over size, {rows[0]['dtype']} {rows[0]['precision']}")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for row in rows:
+            if row["network"] != network:
+                continue
+            images = f"{row['batch']} × {row['side']}²" if row["batch"] > 1 else f"{row['side']}²"
+            spread = f"{row['p20_seconds']:.3f}–{row['p80_seconds']:.3f}" if row["runs"] > 1 else "one call"
+            times = (f"{row['seconds']:.3f}", spread, str(row["runs"]))
+            table.add_row(row["implementation"], images, *times, f"{row['memory_mb']:.0f}")
+        console.print(table)
 
 
 def main() -> None:
@@ -180,10 +270,11 @@ def main() -> None:
     show(rows, console)
     for network in networks:
         for name in COMPARED:
-            value = bytes_per_pixel(rows, network, name)
+            value = bytes_per_further_pixel(rows, network, name)
             if value is not None:
-                side = largest_side_per_gib(value)
-                console.print(f"{network}, {name}: {value:.0f} bytes per pixel, {side}² pixels per GiB")
+                image = image_per_gib(rows, network, name) or "no image measured"
+                text = f"{network}, {name}: {value:.0f} bytes per further pixel, {image} in a GiB"
+                console.print(text, soft_wrap=True)
     if options.output:
         write_results(measured, options.output)
         console.print(f"written: {options.output}.csv, {options.output}.json")

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .models import WITH_DATA
 from .plots import where
-from .scaling import bytes_per_pixel, largest_side_per_gib
+from .scaling import REPEATED, bytes_per_further_pixel, image_per_gib
 from .targets import WORK_TARGETS, Verdict, WorkTarget, judge, judge_work
 from .work import AROUND, CONVOLUTIONS
 
@@ -39,8 +40,9 @@ def markdown(folder: Path, pictures: str = "") -> str:
     prefix = f"{pictures}/" if pictures else ""
     rows = found["bench"]
     lines = [
-        f"Measured on {where(rows)}: medians of one run, all implementations in turns. Limits of the machine in the "
-        f"same run: copy {rates['copy_gb_per_s']:.0f} GB/s, "
+        f"Measured on {where(rows)}: medians of one run, implementations of the same work in turns, each "
+        f"{min(row['runs'] for row in rows if row['runs'])} times or more. Limits of the machine in the same run: "
+        f"copy {rates['copy_gb_per_s']:.0f} GB/s, "
         + ", ".join(
             f"{name.removeprefix('matrix_').removesuffix('_gflops')} matrix product {rate:.0f} GFLOP/s"
             for name, rate in rates.items()
@@ -67,27 +69,34 @@ def markdown(folder: Path, pictures: str = "") -> str:
 
 
 def _networks(rows: Rows) -> Iterator[str]:
-    yield "| network | | ms (p20–p80) | × plain¹ | peak MB |"
-    yield "|---|---|--:|--:|--:|"
+    yield "| network | | ms (p20–p80) | × plain¹ | peak MB | of matrix rate² |"
+    yield "|---|---|--:|--:|--:|--:|"
     for row in rows:
-        yield _row(f"{row['name']} {row['case']}, {row['work']}", row, row["memory_mb"])
+        name = f"{row['name']} {row['case']}, {row['work']}, {row['dtype']} {row['precision']}"
+        yield _row(name, row, row["memory_mb"], _share(row["matrix_rate_share"]))
     yield ""
     yield (
         "¹ against the faster of plain PyTorch's two layouts. A training step is forward, losses, backward and Adam; "
-        '"with data" reads, decodes and augments its photographs from disk.'
+        '"with data" reads, decodes and augments its photographs from disk. ² by the operations of convolutions and '
+        "matrix products alone."
     )
     yield ""
 
 
 def _operators(rows: Rows) -> Iterator[str]:
-    yield from _folded("every operator and shape, forward and backward")
+    yield from _folded("every operator and shape")
     yield "| operator, forward + backward | | ms (p20–p80) | × eager | extra MB | of copy bandwidth | of matrix rate |"
     yield "|---|---|--:|--:|--:|--:|--:|"
     for row in rows:
         if row["work"] == "forward":
             continue
-        name = f"`{row['name']}` {row['case']}, {row['dtype']} {row['precision']}"
+        name = f"`{row['name']}` {row['case']}, {row['dtype']} {row['precision']}, {row['layout']}"
         yield _row(name, row, row["memory_mb"], _share(row["bandwidth_share"]), _share(row["matrix_rate_share"]))
+    yield ""
+    yield (
+        "Shares are those of the bytes that must move at least and of the formula's operations: a minimal filtering "
+        "algorithm does fewer, and may come to more than 100 %."
+    )
     yield from ("", "</details>", "")
 
 
@@ -117,8 +126,9 @@ def _work(rows: Rows) -> Iterator[str]:
         yield f"| {name} | {row['implementation']} | {row['operators']:,} | {row['gigabytes']:.1f} |"
     yield ""
     yield (
-        "Counted, not timed: every operator that is no view counts as one and moves its operands and results once, "
-        "fused operators what their kernels move (`benchmarks/work.py`)."
+        "Counted, not timed, of a network's forward and backward without losses and Adam: every operator that is no "
+        "view counts as one and moves its operands and results once, fused operators what their kernels move "
+        "(`benchmarks/work.py`)."
     )
     yield ""
 
@@ -154,21 +164,39 @@ def _why(target: WorkTarget, row: Mapping[str, Any], parts: Rows) -> Iterator[st
 
 
 def _scaling(rows: Rows) -> Iterator[str]:
-    yield "| inference of one image | | largest | s per megapixel | bytes per pixel² | largest image per GiB² |"
-    yield "|---|---|--:|--:|--:|--:|"
-    for network, implementation in dict.fromkeys((row["network"], row["implementation"]) for row in rows):
-        chosen = [r for r in rows if (r["network"], r["implementation"], r["batch"]) == (network, implementation, 1)]
+    yield (
+        "| inference of one image | | largest | calls³ | s per megapixel | bytes per further pixel⁴ "
+        "| largest image per GiB⁴ |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|"
+    one = [row for row in rows if row["batch"] == 1]
+    for network, implementation in dict.fromkeys((row["network"], row["implementation"]) for row in one):
+        chosen = [row for row in one if (row["network"], row["implementation"]) == (network, implementation)]
         largest = max(chosen, key=lambda row: row["side"])
-        per_pixel = bytes_per_pixel(rows, network, implementation)
-        cells = ["", ""]
-        if per_pixel is not None:
-            cells = [f"{per_pixel:,.0f}", f"{largest_side_per_gib(per_pixel):,}²"]
-        speed = f"{1e6 * largest['seconds'] / largest['side'] ** 2:.2f}"
-        yield "| " + " | ".join([network, implementation, f"{largest['side']}²", speed, *cells]) + " |"
+        further = bytes_per_further_pixel(rows, network, implementation)
+        cells = (
+            f"{largest['side']}²",
+            str(largest["runs"]),
+            f"{1e6 * largest['seconds'] / largest['side'] ** 2:.2f}",
+            "" if further is None else f"{further:,.0f}",
+            image_per_gib(rows, network, implementation),
+        )
+        yield "| " + " | ".join((network, implementation, *cells)) + " |"
+    yield ""
+    first = rows[0]
+    yield (
+        f"{first['dtype']}, {first['precision']}; each implementation goes on until its time or memory ends (commit "
+        f"{first['commit']}), larger images go by `dehaze --tile`."
+    )
     yield ""
     yield (
-        "² memory above network and image between the two largest sizes, until time or memory ended (commit "
-        f"{rows[0]['commit']}); larger images go by `dehaze --tile`."
+        f"³ timed at the largest size: a call of more than {REPEATED:.0f} s is the only one and cold, shorter ones "
+        "are warmed up and take turns, and their median counts."
+    )
+    yield ""
+    yield (
+        "⁴ memory above network and image: what a further pixel takes is that between the two largest sizes; the "
+        "image that needs a GiB is interpolated between the two sizes that need less and more."
     )
     yield ""
 
@@ -205,16 +233,22 @@ def _targets(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 def _not_measured(found: Mapping[str, Rows], device: str) -> Iterator[str]:
     networks, operators = ([row for row in found["bench"] if row["kind"] == kind] for kind in ("network", "operator"))
-
-    def lacks_compile(rows: Rows) -> bool:
-        return not any(row["implementation"].startswith("compile") for row in rows)
-
+    of_operators = {(row["name"], row["case"], row["dtype"], row["layout"]) for row in operators}
+    of_networks = {(row["name"], row["work"]) for row in networks if row["work"] != WITH_DATA}
+    for row in found["bench"]:
+        if row["implementation"].startswith("compile"):
+            of_operators.discard((row["name"], row["case"], row["dtype"], row["layout"]))
+            of_networks.discard((row["name"], row["work"]))
+    kinds = sorted({f"{row['dtype']}, {row['layout']}" for row in operators})
+    largest = {row["network"]: row["side"] for row in sorted(found["scaling"], key=lambda row: row["side"])}
     missing = {
         "anything on a GPU (`make gpu-report` does)": device == "cpu",
-        "whole networks under `torch.compile` (`--compile`, minutes)": lacks_compile(networks),
-        "operators under `torch.compile`": lacks_compile(operators),
+        "whole networks under `torch.compile` (`--compile`, minutes)": of_networks,
+        f"{len(of_operators)} operators and shapes under `torch.compile` (`--compile`)": of_operators,
+        f"operators in other types and layouts than {' and '.join(kinds)} (`python -m benchmarks.ops`)": operators,
         "memory of whole networks": all(row["memory_mb"] is None for row in networks),
-        "images of other sizes": not found["scaling"],
+        f"images larger than {' and '.join(f'{side}² ({name})' for name, side in largest.items())}": largest,
+        "images of other sizes": not largest,
         "counted work": not found["work"],
         "what lower precision costs": not found["precision"],
     }

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 from mitnet_fast import ops
 from mitnet_fast.models import DCMPNet, MITNet
 
-from .measure import write_results
+from .measure import environment, write_results
 
 # The published networks under this rule at batch 8, 256×256: operators and gigabytes
 PUBLISHED = {"MITNet": (937, 58.3), "DCMPNet": (2432, 202.0)}
@@ -186,6 +186,9 @@ class Row:
     shape: str
     operators: int
     gigabytes: float
+    dtype: str
+    torch: str
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,9 @@ class PartRow:
     part: str
     operators: int
     gigabytes: float
+    dtype: str
+    torch: str
+    commit: str
 
 
 @functools.cache
@@ -219,11 +225,11 @@ def count(network: str, batch: int, size: int, backend: str | None) -> WorkCount
 def rows(network: str, batch: int = 8, size: int = 256) -> list[Row]:
     """Work of a network's training step: published (batch 8, 256×256 only), plain PyTorch and fused."""
     shape = f"[{batch}, 3, {size}, {size}]"
-    found = [Row(network, "published", shape, *PUBLISHED[network])] if (batch, size) == (8, 256) else []
+    counted = {"published": PUBLISHED[network]} if (batch, size) == (8, 256) else {}
     for name, backend in IMPLEMENTATIONS.items():
         counter = count(network, batch, size, backend)
-        found.append(Row(network, name, shape, counter.operators.total(), round(counter.bytes.total() / 1e9, 1)))
-    return found
+        counted[name] = counter.operators.total(), round(counter.bytes.total() / 1e9, 1)
+    return [Row(network, name, shape, *numbers, **_source()) for name, numbers in counted.items()]
 
 
 def parts(network: str, batch: int = 8, size: int = 256) -> list[PartRow]:
@@ -234,7 +240,16 @@ def parts(network: str, batch: int = 8, size: int = 256) -> list[PartRow]:
     for operator, calls in counter.operators.items():
         operators[part_of(operator)] += calls
         moved[part_of(operator)] += counter.bytes[operator]
-    return [PartRow(network, part, operators[part], round(amount / 1e9, 1)) for part, amount in moved.most_common()]
+    return [
+        PartRow(network, part, operators[part], round(amount / 1e9, 1), **_source())
+        for part, amount in moved.most_common()
+    ]
+
+
+def _source() -> dict[str, str]:
+    """What was counted: which operators PyTorch dispatches depends on its version, not on the device."""
+    where = environment("cpu")
+    return {"dtype": "float32", "torch": where["torch"], "commit": where["commit"]}
 
 
 def show(found: Sequence[Row], console: Console) -> None:

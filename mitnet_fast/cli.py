@@ -394,7 +394,11 @@ def bench(
     interruptible()
 
     networks = tuple(NETWORKS) if network is None else tuple(name for name in network if name != "none")
-    chosen = _device(device).partition(":")[0]
+    chosen, _, index = _device(device).partition(":")
+    if index:
+        import torch
+
+        torch.cuda.set_device(int(index))
     benchmark.run(
         output,
         quick=quick,

@@ -1,24 +1,27 @@
 """The benchmarks measure what they say, and refuse to time what is wrong."""
 
 import csv
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageColor
 from rich.console import Console
+from typer.testing import CliRunner
 
 from benchmarks import (
     bench,
     gpu_report,
-    graph_steps,
     measure,
     models,
     ops,
@@ -30,6 +33,7 @@ from benchmarks import (
     targets,
     work,
 )
+from mitnet_fast.cli import app
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import _backends
 from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER, expectations
@@ -52,7 +56,7 @@ def test_implementations_take_turns_and_are_told_apart():
     assert timings["fast"].p20 <= timings["fast"].median <= timings["fast"].p80
     assert timings["fast"].runs == timings["slow"].runs >= 5
     measured = order[-2 * timings["fast"].runs :]
-    assert measured[:4] == [("fast", 0), ("slow", 0), ("fast", 1), ("slow", 1)]
+    assert measured[:4] == [("fast", 0), ("slow", -1), ("fast", 1), ("slow", 0)]  # never the copy just used
 
 
 def test_peak_memory_sees_what_is_freed_again():
@@ -116,7 +120,7 @@ def test_a_wrong_implementation_has_no_speed(monkeypatch):
     for row in rows:
         assert row.problem == (None if row.implementation == "eager" else "fails its check")
         assert (row.median_ms is None) == (row.speedup is None) == (row.implementation == "wrong")
-        assert row.case == "[2, 20, 24, 20] kernel_size=3 features=20 bias=2"
+        assert row.case == "[2, 20, 24, 20] kernel_size=3 features=20 bias=2 residual=True"
     assert held_to == ["reference"]  # the truth is computed once
 
 
@@ -344,11 +348,19 @@ def test_work_counts_operands_and_results_of_what_is_no_view():
     assert counter.bytes == {"ones": 4 * (24 + 30), "mm": 4 * (24 + 30 + 20), "relu_": 4 * 20 * 2}
 
 
+def forget_checks():
+    for check in (models._truth, models.restores_alike, models._first_step, models.trains_alike, models.flops):
+        check.cache_clear()
+
+
 def test_a_network_that_is_wrong_has_no_speed(monkeypatch):
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, image):
+            return SimpleNamespace(restored=self.layer(image))
 
         @torch.no_grad()
         def restore(self, image):
@@ -357,8 +369,7 @@ def test_a_network_that_is_wrong_has_no_speed(monkeypatch):
 
     monkeypatch.setitem(models.NETWORKS, "MITNet", Network)
     monkeypatch.setattr(models, "measured_memory", lambda *_: 1.0)
-    models._truth.cache_clear()
-    models.is_correct.cache_clear()
+    forget_checks()
     rows = models.measure("MITNet", "inference", 1, 16, "cpu", 0.01)
     assert [row.implementation for row in rows] == list(models.IMPLEMENTATIONS)
     for row in rows:
@@ -366,8 +377,100 @@ def test_a_network_that_is_wrong_has_no_speed(monkeypatch):
         assert row.problem == ("fails its check" if fused else None)
         assert (row.median_ms is None) == (row.speedup is None) == fused
     assert max(row.speedup for row in rows if row.problem is None) == 1.0
-    models._truth.cache_clear()
-    models.is_correct.cache_clear()
+    forget_checks()
+
+
+@contextmanager
+def wrong_gradients(device):
+    """Plain PyTorch, but convolutions pass on a little too much of their gradients."""
+
+    def too_much(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d) and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * (1 + 1e-6))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(too_much)
+    try:
+        with _backends.use_backend("reference"):
+            yield
+    finally:
+        handle.remove()
+
+
+def test_training_steps_with_wrong_gradients_have_no_speed(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    monkeypatch.setitem(models.IMPLEMENTATIONS, "fused", models.Implementation(wrong_gradients))
+    monkeypatch.setattr(models, "measured_memory", lambda *_: 1.0)
+    forget_checks()
+    rows = {row.implementation: row for row in models.measure("MITNet", models.TRAINING, 1, 16, "cpu", 0.01)}
+    assert models.is_correct("MITNet", models.INFERENCE, models.IMPLEMENTATIONS["fused"], "cpu")
+    assert rows["fused"].problem == "fails its check"
+    assert rows["fused"].median_ms is rows["fused"].gigaflops is None
+    for name in ("plain", "plain, channels_last", "fused, channels_last"):
+        assert rows[name].problem is None
+        assert rows[name].gigaflops == pytest.approx(
+            models.flops("MITNet", models.TRAINING, 1, 16) / rows[name].median_ms / 1e6
+        )
+    forget_checks()
+
+
+def test_operations_of_a_network_are_those_of_its_convolutions(monkeypatch):
+    network = torch.nn.Conv2d(3, 5, 3, padding=1)
+    monkeypatch.setattr(
+        network, "forward", lambda x: SimpleNamespace(restored=network._conv_forward(x, *network.parameters()))
+    )
+    monkeypatch.setitem(models.NETWORKS, "MITNet", lambda: network)
+    forget_checks()
+    products = 2 * 2 * 8 * 8 * 3 * 5 * 9
+    assert models.flops("MITNet", models.INFERENCE, 2, 8) == products
+    assert models.flops("MITNet", models.TRAINING, 2, 8) == 2 * products  # no gradient of the image
+    forget_checks()
+
+
+def test_what_is_compiled_or_recorded_is_held_against_eager_steps(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    compiled = models.COMPILED["compile"]
+    where = ("MITNet", models.TRAINING, compiled, 1, 16, "cpu", "float32")
+    steps = models.turn("MITNet", models.TRAINING, models.IMPLEMENTATIONS["plain"], 1, 16, "cpu")
+    assert models.runs_alike(steps, *where)
+    for wrong in (1.02, float("nan")):
+        steps = models.turn("MITNet", models.TRAINING, models.IMPLEMENTATIONS["plain"], 1, 16, "cpu")
+        assert not models.runs_alike(
+            lambda i, f=steps, w=wrong: {"total": f(i)["total"] * (w if i == 3 else 1)}, *where
+        )
+
+
+def test_float32_is_labelled_by_the_setting_that_an_operator_follows(monkeypatch):
+    specs = {spec.name: spec for spec in bench.SPECS}
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="tf32"))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="none"))
+    for name, expected in (("predicted_dynamic_filter", "TF32"), ("window_attention", "IEEE")):
+        case = specs[name].benchmark_cases[0]
+        assert ops.precision(specs[name], case, "cuda") == expected
+        assert ops.precision(specs[name], case, "cpu") == "IEEE"
+        assert ops.precision(specs[name], replace(case, dtype=torch.bfloat16), "cuda") == "IEEE"
+    assert measure.float32_precision("cuda") == "TF32"
+
+
+def test_inputs_are_copied_until_they_are_more_than_a_cache():
+    small = {"x": torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), "bias": None}
+    copies = ops.copied(small)
+    assert len(copies) == ops.COPIES[1]
+    assert len({copy["x"].data_ptr() for copy in copies}) == len(copies)
+    assert all(copy["x"].requires_grad and copy["bias"] is None for copy in copies)
+    assert copies[0]["x"].stride() == small["x"].stride()
+    assert len(ops.copied({"x": torch.empty(ops.ROTATED // 16)})) == 4
+    assert len(ops.copied({"x": torch.empty(ops.ROTATED)})) == ops.COPIES[0]
+
+
+def test_results_without_a_repository_name_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure.environment("cpu")["commit"] == ""
+    monkeypatch.undo()
+    installed = tmp_path / "site-packages" / "benchmarks" / "measure.py"
+    installed.parent.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)  # somebody else's
+    monkeypatch.setattr(measure, "__file__", str(installed))
+    assert measure.environment("cpu")["commit"] == ""
 
 
 SMALL_MITNET = ("mitnet-its", "network.width=4", "network.depth=2")
@@ -384,20 +487,6 @@ def test_steps_with_data_read_photographs_from_disk(monkeypatch):
         assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
     assert rows[0].speedup == 1.0
     assert rows[1].speedup == pytest.approx(rows[0].median_ms / rows[1].median_ms)
-
-
-def test_graph_steps_are_compared_term_by_term(monkeypatch):
-    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
-    monkeypatch.setattr(graph_steps, "SIDE", 16)
-    once, again = (graph_steps.losses("MITNet", "eager", "cpu") for _ in range(2))
-    assert len(once) == graph_steps.STEPS
-    assert once == again
-    assert [graph_steps.difference(values, expected) for values, expected in zip(once, again, strict=True)] == [0] * 5
-    assert graph_steps.difference({"total": 1.02, "restored": 0.5}, {"total": 1.0, "restored": 0.5}) == pytest.approx(
-        0.02
-    )
-    with pytest.raises(RuntimeError, match="the run computes on cpu"):
-        graph_steps.losses("MITNet", "cuda_graph", "cpu")
 
 
 def test_what_does_not_compile_is_a_row_without_a_time(monkeypatch):
@@ -453,7 +542,28 @@ def test_targets_are_met_missed_or_not_measured():
     assert len(gpu) == sum(target.device == "cuda" for target in targets.TARGETS)
     assert {verdict.word for verdict in gpu} == {"not measured"}
     counted = [{"network": "MITNet", "implementation": "fused", "operators": 400, "gigabytes": 25.1}]
-    assert [verdict.word for verdict in targets.judge_work(counted)] == ["met", "missed"]
+    assert [verdict.word for verdict in targets.judge_work(counted)] == ["met", "missed", *["not measured"] * 2]
+
+
+def test_a_target_is_not_judged_before_every_baseline_has_run():
+    both = "forward + backward"
+    cases = [{"case": shape, "dtype": "bfloat16"} for shape in targets.ATTENTION_CASES]
+    rows = [
+        result("window_attention", both, name, ms, **each)
+        for each in cases
+        for name, ms in (("eager", 9.0), ("SDPA", 6.0), ("triton", 2.0))
+    ]
+
+    def judged(rows):
+        of_half = [v for v in targets.judge(rows, "cuda") if "bfloat16" in v.subject]
+        (verdict,) = (v for v in of_half if "against compile or SDPA" in v.subject)
+        return verdict.word, verdict.result
+
+    assert judged(rows) == ("not measured", "")
+    failed = [result("window_attention", both, "compile", None, problem="does not run", **each) for each in cases]
+    assert judged([*rows, *failed]) == ("not measured", "")
+    compiled = [result("window_attention", both, "compile", 5.0, **each) for each in cases]
+    assert judged([*rows, *failed, *compiled]) == ("met", "2.50×")
 
 
 def test_a_target_holds_in_its_worst_case_and_layout():
@@ -478,47 +588,179 @@ def test_every_target_is_about_a_case_that_the_benchmarks_measure():
         assert all(any(case.startswith(wanted) for case in measured) for wanted in target.cases)
 
 
-def test_larger_images_are_measured_until_time_or_memory_ends(monkeypatch):
-    asked = []
+PLAIN_SIZES, FUSED_SIZES = scaling.COMPARED
+MEASURED_AT = {"device": "cpu", "threads": "2", "torch": "2", "triton": "", "python": "3", "commit": "c"}
 
-    def once(network, name, batch, side, device):
-        asked.append((batch, side))
-        return 2.0, 1e-6 * 100 * side**2 + 5
 
-    monkeypatch.setattr(scaling, "in_new_process", lambda function, *arguments: once(*arguments))
-    monkeypatch.setattr(scaling, "_available_mb", lambda: 4 * (1e-6 * 100 * 256**2 + 5) / 0.7 - 1e-3)
-    rows = [asdict(row) for row in scaling.measure("MITNet", "cpu", 100.0, batches=(1, 2))]
-    assert list(dict.fromkeys(asked)) == [(1, 64), (1, 128), (1, 256), (2, 128)]
-    assert [row["runs"] for row in rows] == [1] * 8
-    assert scaling.bytes_per_pixel(rows, "MITNet", "fused, channels_last") == pytest.approx(100)
-    assert scaling.largest_side_per_gib(100) == 3276
-    asked.clear()
-    monkeypatch.setattr(scaling, "_available_mb", lambda: 1e9)
-    assert len(list(scaling.measure("MITNet", "cpu", 0.0, batches=(1,)))) == 2
-    assert asked == [(1, 64)] * 2
+def size(network: str, name: str, batch: int, side: int, seconds: float, runs: int, memory_mb: float):
+    """A row of a run over image sizes."""
+    times = {"seconds": seconds, "p20_seconds": 0.9 * seconds, "p80_seconds": 1.2 * seconds}
+    kinds = {"dtype": "float32", "layout": "channels_last", "precision": "IEEE"}
+    sizes = {"batch": batch, "side": side, "runs": runs, "memory_mb": memory_mb}
+    return scaling.Scaling(network=network, implementation=name, **sizes, **kinds, **times, **MEASURED_AT)
+
+
+def sizes_measured(monkeypatch, seconds, megabytes, available=1e9, device="cpu", left=1e9, limit=math.inf):
+    """Rows of a run, and what take turns, where calls last and take what these functions of name and pixels say.
+
+    More than ``limit`` megabytes, of one call or of all that take turns, do not fit; only calls move the clock.
+    """
+    clock, turns = [0.0], []
+
+    def call(name, pixels):
+        if megabytes(name, pixels) > limit:
+            raise torch.OutOfMemoryError
+        clock[0] += seconds(name, pixels)
+        return seconds(name, pixels), megabytes(name, pixels)
+
+    def take_turns(calls, device, *, seconds, least):
+        timed = {name: [call(name, pixels)[0] for _ in range(1 + least)][1:] for name, pixels in calls.items()}
+        turns.append((pixels := next(iter(calls.values())), tuple(calls)))
+        if sum(megabytes(name, pixels) for name in calls) > limit:
+            raise torch.OutOfMemoryError
+        return {name: measure.Timing(times[0], 0.9 * times[0], 1.1 * times[0], least) for name, times in timed.items()}
+
+    monkeypatch.setattr(scaling, "once", lambda _, name, batch, side, device: call(name, batch * side**2))
+    monkeypatch.setattr(scaling, "in_new_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(scaling, "turn", lambda _, work, implementation, batch, side, device: batch * side**2)
+    monkeypatch.setattr(scaling, "take_turns", take_turns)
+    monkeypatch.setattr(scaling, "_available_mb", lambda: available)
+    monkeypatch.setattr(scaling, "environment", lambda device: MEASURED_AT)
+    monkeypatch.setattr(scaling, "float32_precision", lambda device: "TF32" if device == "cuda" else "IEEE")
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    return list(scaling.measure("MITNet", device, left, batches=(1, 2))), turns
+
+
+def sides(rows, name):
+    return [row.side for row in rows if (row.implementation, row.batch) == (name, 1)]
+
+
+def test_every_implementation_goes_on_until_its_own_memory_ends(monkeypatch):
+    def megabytes(name, pixels):
+        return pixels * (4e-3 if name == PLAIN_SIZES else 1e-3)
+
+    available = 4 * megabytes(PLAIN_SIZES, 512**2) / scaling.MEMORY_SHARE
+    for few, enough in ((512, available - 1), (1024, available + 1)):
+        rows, _ = sizes_measured(monkeypatch, lambda *_: 0.1, megabytes, available=enough)
+        assert sides(rows, PLAIN_SIZES) == [64 * 2**step for step in range(10) if 64 * 2**step <= few]
+        assert sides(rows, FUSED_SIZES)[-1] == 2 * few
+        assert [(row.implementation, row.batch, row.side) for row in rows[-2:]] == [
+            (name, 2, 128) for name in scaling.COMPARED
+        ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_long_calls_are_not_timed_again(device, monkeypatch):
+    def seconds(name, pixels):
+        return pixels * (3e-5 if name == PLAIN_SIZES else 1.5e-5)
+
+    def measured(left):
+        return sizes_measured(monkeypatch, seconds, lambda *_: 1.0, left=left, device=device)
+
+    until_512 = sum(5 * seconds(name, side**2) for name in scaling.COMPARED for side in (64, 128, 256))
+    fused, plain = 5 * seconds(FUSED_SIZES, 512**2), seconds(PLAIN_SIZES, 512**2)
+    assert 3 < fused / 5 < scaling.REPEATED < plain < fused
+    for left, largest in (
+        (-1, (128, 256)),
+        (fused - 1, (256, 256)),
+        (fused + 1, (256, 512)),
+        (fused + plain + 1, (512, 512)),
+    ):
+        rows, turns = measured(until_512 + left)
+        assert (sides(rows, PLAIN_SIZES)[-1], sides(rows, FUSED_SIZES)[-1]) == largest
+    rows, turns = measured(until_512 + fused + 1)
+    assert turns == [
+        *((pixels, scaling.COMPARED) for pixels in (64**2, 128**2, 256**2)),
+        (512**2, (FUSED_SIZES,)),
+        (2 * 128**2, scaling.COMPARED),
+    ]
+    assert {row.runs for row in rows} == {3}
+    for row in rows:
+        assert row.seconds == seconds(row.implementation, row.batch * row.side**2)
+        assert (row.p20_seconds, row.p80_seconds) == (0.9 * row.seconds, 1.1 * row.seconds)
+        assert (row.dtype, row.layout) == ("float32", "channels_last")
+        assert row.precision == {"cpu": "IEEE", "cuda": "TF32"}[device]
+
+    rows, turns = measured(150.0)
+    single = [row for row in rows if row.runs == 1]
+    assert [(row.implementation, row.side) for row in single] == [
+        (PLAIN_SIZES, 512),
+        (PLAIN_SIZES, 1024),
+        (FUSED_SIZES, 1024),
+    ]
+    assert (512**2, (FUSED_SIZES,)) in turns
+    assert all(row.p20_seconds == row.seconds == row.p80_seconds for row in single)
+
+
+def test_time_that_has_run_out_ends_at_the_first_size(monkeypatch):
+    rows, _ = sizes_measured(monkeypatch, lambda *_: 0.1, lambda *_: 1.0, left=0.0)
+    assert [(row.implementation, row.batch) for row in rows] == [(name, n) for n in (1, 2) for name in scaling.COMPARED]
+
+
+def test_a_gpu_whose_memory_ends_stops_one_implementation(monkeypatch):
+    def megabytes(name, pixels):
+        return pixels * (4e-3 if name == PLAIN_SIZES else 1e-3)
+
+    rows, turns = sizes_measured(monkeypatch, lambda *_: 0.1, megabytes, device="cuda", available=0.0, limit=4200.0)
+    assert sides(rows, PLAIN_SIZES)[-1] == 1024
+    assert sides(rows, FUSED_SIZES)[-1] == 2048
+    assert {row.runs for row in rows} == {3}
+    # together they need more than there is: each is timed by itself
+    assert [names for pixels, names in turns if pixels == 1024**2] == [scaling.COMPARED, (PLAIN_SIZES,), (FUSED_SIZES,)]
+
+
+def test_the_image_that_needs_a_gib_lies_between_measured_sizes():
+    megabytes = {256: 128.0, 512: 460.0, 1024: 1180.0, 2048: 3660.0}  # less for every further pixel
+
+    others = ((PLAIN_SIZES, 1), (FUSED_SIZES, 2))
+
+    def found(*measured):
+        rows = [asdict(size("MITNet", FUSED_SIZES, 1, side, 1.0, 3, megabytes[side])) for side in measured]
+        rows += [asdict(size("MITNet", name, batch, 99, 1.0, 3, 9e4)) for name, batch in others]
+        functions = (scaling.largest_side_per_gib, scaling.image_per_gib, scaling.bytes_per_further_pixel)
+        return [function(rows, "MITNet", FUSED_SIZES) for function in functions]
+
+    side = int((512**2 + (1024**2 - 512**2) * (2**30 / 1e6 - 460) / (1180 - 460)) ** 0.5)
+    further = (3660e6 - 1180e6) / (2048**2 - 1024**2)
+    assert 950 < side < 970
+    assert found(2048, 256, 1024, 512) == [side, f"{side}²", pytest.approx(further)]
+    assert found(256, 512) == [None, "more than 512²", pytest.approx((460e6 - 128e6) / (512**2 - 256**2))]
+    assert found(1024, 2048) == [None, "", pytest.approx(further)]
+    assert found(256) == [None, "more than 256²", None]
+    assert found(1024) == [None, "", None]
+    assert found() == [None, "", None]
+
+
+def test_the_terminal_tells_single_calls():
+    console = Console(width=80, file=io.StringIO())
+    rows = [size("MITNet", PLAIN_SIZES, 1, 2048, 112.5, 1, 991.0), size("DCMPNet", FUSED_SIZES, 2, 128, 0.5, 4, 5.9e3)]
+    scaling.show([asdict(row) for row in rows], console)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    assert [PLAIN_SIZES, "2048²", "112.500", "one call", "1", "991"] in lines
+    assert [FUSED_SIZES, "2 × 128²", "0.500", "0.450–0.600", "4", "5900"] in lines
 
 
 def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
     folder, _ = quick_run
     for file in ("bench.json", "rates.json"):
         (tmp_path / file).write_text((folder / file).read_text())
-    where = {"device": "cpu", "threads": "2", "torch": "2", "triton": "", "python": "3", "commit": "c"}
     sizes = [
-        scaling.Scaling(network, f"{kind}, channels_last", batch, side, side / 1e3, 3, side / 10, **where)
+        size(network, name, batch, side, side / 1e3, 1 if side == 128 else 3, 10.0 * side)
         for network in models.NETWORKS
-        for kind in ("plain", "fused")
+        for name in scaling.COMPARED
         for batch, side in ((1, 64), (1, 128), (2, 128))
     ]
     measure.write_results(sizes, tmp_path / "scaling")
-    row = precision.Row("MITNet", "phase stage", "bfloat16", 6, 25.0, -0.0125, 0.9, 3.2, **where)
+    row = precision.Row("MITNet", "phase stage", "bfloat16", 6, 25.0, -0.0125, 0.9, 3.2, **MEASURED_AT)
     measure.write_results([row], tmp_path / "precision")
     assert {file.name for file in plots.draw(tmp_path)} == {
         f"{name}.{suffix}" for name in ("operators", "roofline", "scaling") for suffix in ("png", "svg")
     }
     text = summary.markdown(tmp_path)
-    per_pixel = (12.8e6 - 6.4e6) / (128**2 - 64**2)
-    side = int((2**30 / per_pixel) ** 0.5)
-    assert f"| DCMPNet | fused, channels_last | 128² | 7.81 | {per_pixel:,.0f} | {side:,}² |" in text
+    further = (1280e6 - 640e6) / (128**2 - 64**2)
+    side = int((64**2 + (2**30 - 640e6) / further) ** 0.5)
+    assert f"| DCMPNet | fused, channels_last | 128² | 1 | 7.81 | {further:,.0f} | {side}² |" in text
+    assert "float32, IEEE; each implementation" in text
     assert "| MITNet | phase stage | bfloat16 | 25.000 | -0.013 | 3.2 |" in text
     missing = "CPU: predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager"
     assert f"| {missing} | ≥ 5.00× |  | not measured |" in text
@@ -528,15 +770,16 @@ def test_the_summary_says_why_counted_work_misses_its_goal(quick_run, tmp_path):
     folder, _ = quick_run
     for file in ("bench.json", "rates.json"):
         (tmp_path / file).write_text((folder / file).read_text())
+    source = {"dtype": "float32", "torch": "2", "commit": "c"}
     counted = [
-        work.Row(network, "fused", "[8, 3, 256, 256]", operators, gigabytes)
+        work.Row(network, "fused", "[8, 3, 256, 256]", operators, gigabytes, **source)
         for network, operators, gigabytes in (("MITNet", 500, 24.0), ("DCMPNet", 1000, 90.0))
     ]
     parts = [
-        work.PartRow("MITNet", work.CONVOLUTIONS, 200, 12.5),
-        work.PartRow("MITNet", "concatenations", 70, 1.5),
-        work.PartRow("MITNet", work.ELSE, 230, 10.0),
-        work.PartRow("DCMPNet", work.CONVOLUTIONS, 900, 80.0),
+        work.PartRow("MITNet", work.CONVOLUTIONS, 200, 12.5, **source),
+        work.PartRow("MITNet", "concatenations", 70, 1.5, **source),
+        work.PartRow("MITNet", work.ELSE, 230, 10.0, **source),
+        work.PartRow("DCMPNet", work.CONVOLUTIONS, 900, 80.0, **source),
     ]
     measure.write_results(counted, tmp_path / "work")
     measure.write_results(parts, tmp_path / "work-parts")
@@ -566,7 +809,7 @@ def test_the_report_holds_what_its_parts_measured_against_targets(quick_run, tmp
     (tmp_path / "rates.json").write_text((folder / "rates.json").read_text())
     (text,) = gpu_report._measured(tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads((folder / "bench.json").read_text())
-    assert f"0 met, 0 missed, {len(targets.TARGETS)} not measured" in text
+    assert f"0 met, 0 missed, {len(targets.TARGETS) + 2 * len(targets.WORK_TARGETS)} not measured" in text
     assert (tmp_path / "operators.png").exists()
 
 
@@ -708,9 +951,41 @@ def test_the_summary_holds_the_rows_and_goes_into_a_readme(quick_run, tmp_path):
         ({"families": ("fft",)}, "families: got fft, allowed are dynamic_filter"),
         ({"networks": ("UNet",)}, "networks: got UNet, allowed are MITNet, DCMPNet"),
         ({"device": "tpu"}, "device: got 'tpu', allowed are cpu, cuda"),
+        ({"output": Path(__file__)}, "output: .*test_benchmarks.py is a file, expected a folder"),
     ],
 )
 def test_a_run_refuses_what_it_does_not_know(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        bench.run(tmp_path / "bench", **changes)
+        bench.run(**{"output": tmp_path / "bench"} | changes)
     assert not (tmp_path / "bench").exists()
+
+
+def test_the_command_measures_what_it_is_told(monkeypatch):
+    asked, selected = [], []
+    monkeypatch.setattr("mitnet_fast.benchmarks.bench.run", lambda output, **options: asked.append((output, options)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
+    words = [
+        "bench",
+        "-o",
+        "there",
+        "--quick",
+        "--family",
+        "window_attention",
+        "--network",
+        "none",
+        "--device",
+        "cuda:1",
+    ]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    ((output, options),) = asked
+    assert (output, options["device"], selected) == (Path("there"), "cuda", [1])
+    assert (options["quick"], options["compiled"]) == (True, False)
+    assert (list(options["families"]), list(options["networks"])) == (["window_attention"], [])
+    assert CliRunner().invoke(app, ["bench", "--device", "cpu"]).exit_code == 0
+    _, options = asked[1]
+    assert (options["device"], list(options["networks"]), selected) == ("cpu", list(models.NETWORKS), [1])
+    refused = CliRunner().invoke(app, ["bench", "--device", "cuda:2"])
+    assert "but PyTorch sees 2 GPU" in str(refused.exception)
+    assert len(asked) == 2
