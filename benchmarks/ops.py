@@ -278,9 +278,10 @@ def memory(operator: str, case: Case, name: str, device: str) -> float:
 def show(rows: list[Result], console: Console) -> None:
     """Print one table per case."""
     cases = dict.fromkeys((row.name, row.case, row.dtype, row.precision, row.layout) for row in rows)
+    with_shares = any(row.bandwidth_share is not None for row in rows)
     for name, case, dtype, precision, layout in cases:
         title = f"{name}, {case}, {dtype} ({precision}), {layout}"
-        rates = ("GB/s", "of copy", "GFLOP/s", "of matrix")
+        rates = ("GB/s", "of copy", "GFLOP/s", "of matrix") if with_shares else ("GB/s", "GFLOP/s")
         table = Table("", "direction", "ms", "p20–p80", "× eager", *rates, "extra MB", title=title)
         for column in table.columns[2:]:
             column.justify = "right"
@@ -298,9 +299,9 @@ def show(rows: list[Result], console: Console) -> None:
                 f"{row.p20_ms:.2f}–{row.p80_ms:.2f}",
                 f"{row.speedup:.2f}",
                 f"{row.gigabytes_per_second:.1f}",
-                _percent(row.bandwidth_share),
+                *([_percent(row.bandwidth_share)] if with_shares else []),
                 f"{row.gigaflops:.0f}",
-                _percent(row.matrix_rate_share),
+                *([_percent(row.matrix_rate_share)] if with_shares else []),
                 "" if row.memory_mb is None else f"{row.memory_mb:.1f}",
             )
         console.print(table)

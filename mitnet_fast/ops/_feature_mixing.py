@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 
 from .. import reference
 from .._extension import EXTENSION
@@ -306,7 +305,7 @@ def conv_relu(
     """3×3 convolution of one map or of two, ``ReLU(scale·conv3×3([x, joined]) + shift)``, zeros around the map.
 
     With a batch normalisation's statistics in ``scale`` and ``shift`` this is convolution, normalisation and ReLU of
-    a network that is no longer trained. The backward operator is the library's convolution, the forward again included.
+    a network that is no longer trained. The backward operator is the library's convolution, and keeps the result.
 
     Args:
         x: [B, C1, H, W].
@@ -399,12 +398,14 @@ def _register(
     only_added: str | None = None,
     results: Mapping[str, Callable[..., torch.Tensor]] = LIKE_THE_FIRST,
     run_backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
+    keeps_result: bool = False,
 ) -> None:
     """Register an operator of these tensors and its backward.
 
     The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The ``results``,
     one or several by name, are like what their functions make of the tensors. ``run_backward`` stands in for the
-    compiled backward: of the incoming gradients, the tensors and which gradients are needed.
+    compiled backward: of the incoming gradients, the result where the operator ``keeps_result``, the tensors and which
+    gradients are needed.
     """
     count = len(tensors)
 
@@ -424,7 +425,7 @@ def _register(
 
     def setup(ctx, inputs, output):
         *values, ctx.backend = inputs
-        ctx.save_for_backward(*values)
+        ctx.save_for_backward(*([output] if keeps_result else []), *values)
 
     def gradients(ctx, *incoming):
         needs = ctx.needs_input_grad[:count]
@@ -449,6 +450,7 @@ def _register(
 
     declared = ", ".join(f"Tensor{'?' * (tensor in optional)} {tensor}" for tensor in tensors)
     grads = ", ".join(f"Tensor {'_'.join(filter(None, ('grad', result)))}" for result in results)
+    grads += ", Tensor result" * keeps_result
     define(f"{name}({declared}, str backend) -> {several(len(results))}", forward, fake)
     define(
         f"{name}_backward({grads}, {declared}, bool[] needs, str backend) -> {several(count)}",
@@ -478,25 +480,31 @@ _register(
 _register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))
 
 
-def _conv_relu_backward(grad, x, joined, weight, scale, shift, needs):
+def _conv_relu_backward(grad, y, x, joined, weight, scale, shift, needs):
+    """By the library's convolution; what ReLU has let through is seen in its result."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     maps = (x if joined is None else torch.cat([x, joined], 1)).to(wide)
-    kernel, factor = weight.to(wide), scale.to(wide)[:, None, None]
-    convolved = F.conv2d(maps, kernel, padding=1)
-    grad = torch.where(torch.addcmul(shift.to(wide)[:, None, None], convolved, factor) > 0, grad.to(wide), 0)
-    wanted = (needs[0] or needs[1], needs[2], False)
+    kernel, factor = weight.to(wide), scale.to(wide)[:, None, None, None]
+    grad = torch.ops.aten.threshold_backward(grad, y, 0).to(wide)
+    wanted = (needs[0] or needs[1], needs[2] or needs[3], needs[4])
     unit = [1, 1]
-    grad_maps, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad * factor, maps, kernel, None, unit, unit, unit, False, [0, 0], 1, wanted
+    # the scale goes into the kernel: what comes out for that is the gradient of an unscaled one
+    grad_maps, grad_kernel, grad_shift = torch.ops.aten.convolution_backward(
+        grad, maps, kernel * factor, [len(shift)], unit, unit, unit, False, [0, 0], 1, wanted
     )
     grad_x, grad_joined = (
         (None, None) if grad_maps is None else grad_maps.split((x.shape[1], maps.shape[1] - x.shape[1]), 1)
     )
-    sums = (grad * convolved).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    grad_weight, grad_scale = (
+        (None, None) if grad_kernel is None else (grad_kernel * factor, (grad_kernel * kernel).sum((1, 2, 3)))
+    )
     return tuple(
         empty_for(tensor).copy_(gradient) if needed else None
         for tensor, gradient, needed in zip(
-            (x, joined, weight, scale, shift), (grad_x, grad_joined, grad_weight, *sums), needs, strict=True
+            (x, joined, weight, scale, shift),
+            (grad_x, grad_joined, grad_weight, grad_scale, grad_shift),
+            needs,
+            strict=True,
         )
     )
 
@@ -507,4 +515,5 @@ _register(
     optional=("joined",),
     results={"": lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0])},
     run_backward=_conv_relu_backward,
+    keeps_result=True,
 )
