@@ -102,11 +102,6 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time several implementations of the same work, one call of each in turn.
 
-    On a CPU, OpenMP's threads spin while they wait. A system may leave two of them on one core for
-    seconds, though another one idles; they then run by slices of several milliseconds, and calls of
-    10 ms take 25 to 60, whatever the implementation. OMP_PROC_BIND=true in the environment keeps them
-    apart. (Memory that is fresh from the system costs far less: a page fault for every 4 KB of results.)
-
     Args:
         calls: by name; each is given a number that chooses its copy of the inputs, one lower than what the
             call before it in the same turn was given.

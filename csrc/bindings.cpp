@@ -131,7 +131,9 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
 template <typename Call>
 void launch_on_cpu(const CpuKernel<Call>& kernel, const Call& call) {
   const int threads = max_threads();
-  const at::Tensor workspace = at::empty({kernel.workspace_bytes(call, threads)}, at::kByte);
+  // Zeros, since vectors run over the gaps between rows and channels: what lies there reaches no result, but products
+  // of subnormal numbers, which memory that others have used is full of, take a hundred times as long.
+  const at::Tensor workspace = at::zeros({kernel.workspace_bytes(call, threads)}, at::kByte);
   kernel.launch(call, workspace.mutable_data_ptr(), threads);
 }
 
