@@ -16,11 +16,10 @@ import torch
 
 from mitnet_fast.training.step import WARM_UP
 
-from .models import GRAPHED, NETWORKS, Implementation, configuration, system_of
+from .models import GRAPHED, NETWORKS, STEPS_DIFFER, Implementation, configuration, system_of
 
 STEPS = 3
 BATCH, SIDE = 2, 128
-TOLERANCE = 0.01  # relative; cuDNN's gradients are not the same twice, and Adam enlarges what differs
 
 
 def losses(network: str, implementation: Implementation, device: str) -> list[dict[str, float]]:
@@ -64,7 +63,7 @@ def agree(network: str, name: str, implementation: Implementation) -> bool:
         totals = f"total {expected['total']:.6f} eagerly, {actual['total']:.6f} replayed"
         largest = f"largest relative difference of any term {found[-1]:.1e}"
         print(f"{network}, {name}, step {step}: {totals}; {largest}", flush=True)
-    return all(each <= TOLERANCE for each in found)  # NaN is not
+    return all(each <= STEPS_DIFFER for each in found)  # NaN is not
 
 
 def main() -> None:

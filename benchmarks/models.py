@@ -71,7 +71,7 @@ WARMED_SIZE = 32  # pixels, side of the images that start thread pools and libra
 CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips, the median does not
 # Largest relative difference of the gradients of a step. In float32, rounding alone turns ReLUs on and off.
 GRADIENTS_DIFFER = {torch.float64: 1e-9, torch.float32: 0.05}
-STEPS_DIFFER = 0.01  # losses of the same steps, run in another way: Adam enlarges what rounding leaves
+STEPS_DIFFER = 0.01  # of the same steps run in another way, relative: Adam enlarges what rounding leaves
 COPIES = 3  # batches that the turns rotate through
 DTYPES = ("float32", "bfloat16")
 PHOTOGRAPH_SIDE = 620  # longer side of the photographs on disk, pixels: that of the indoor training set

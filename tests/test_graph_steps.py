@@ -53,7 +53,7 @@ def test_the_difference_is_that_of_the_worst_term():
 def test_no_difference_from_what_is_not_finite_is_small(name, value):
     broken = STEP | {name: value}
     for pair in ((broken, STEP), (STEP, broken), (broken, broken)):
-        assert not graph_steps.difference(*pair) <= graph_steps.TOLERANCE
+        assert not graph_steps.difference(*pair) <= graph_steps.STEPS_DIFFER
 
 
 @pytest.mark.parametrize("name", STEP)
