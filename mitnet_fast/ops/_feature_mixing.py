@@ -15,7 +15,7 @@ import torch
 from .. import reference
 from .._extension import EXTENSION
 from ..reference.feature_mixing import DENSE_LAYERS
-from ._backends import Kernels, check_backend, choose
+from ._backends import Kernels, check_backend, choose, convolution_tf32, triton_kernels
 from ._checks import (
     cast_like_convolution,
     check_image_size,
@@ -399,19 +399,26 @@ def _register(
     results: Mapping[str, Callable[..., torch.Tensor]] = LIKE_THE_FIRST,
     run_backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     keeps_result: bool = False,
+    in_triton: str = "feature_mixing",
 ) -> None:
     """Register an operator of these tensors and its backward.
 
     The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The ``results``,
     one or several by name, are like what their functions make of the tensors. ``run_backward`` stands in for the
     compiled backward: of the incoming gradients, the result where the operator ``keeps_result``, the tensors and which
-    gradients are needed.
+    gradients are needed. ``in_triton`` is the module of its Triton launchers, which are told last whether their
+    products may use TF32.
     """
     count = len(tensors)
 
+    def launch(direction, backend, *values):
+        if backend == "cpp":
+            return getattr(EXTENSION, f"{name}_{direction}")(*values)
+        return getattr(triton_kernels(in_triton), f"{name}_{direction}")(*values, convolution_tf32(values[0]))
+
     def forward(*arguments):
-        *values, _ = arguments
-        return getattr(EXTENSION, f"{name}_forward")(*values)
+        *values, backend = arguments
+        return launch("forward", backend, *values)
 
     def fake(*arguments):
         *values, _ = arguments
@@ -419,8 +426,8 @@ def _register(
         return made if len(made) > 1 else made[0]
 
     def backward(*arguments):
-        *values, needs, _ = arguments
-        grads = (run_backward or getattr(EXTENSION, f"{name}_backward"))(*values, needs)
+        *values, needs, backend = arguments
+        grads = run_backward(*values, needs) if run_backward else launch("backward", backend, *values, needs)
         return tuple(or_empty(gradient, values[0]) for gradient in grads)
 
     def setup(ctx, inputs, output):
