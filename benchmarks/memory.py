@@ -41,7 +41,7 @@ class Identity(nn.Module):
 def restoring(network: str, backend: str, precision: str, side: int, device: str) -> float:
     """Bytes per pixel at the peak of ``restore``."""
     torch.manual_seed(0)
-    model = NETWORKS[network]().to(device).eval()
+    model = NETWORKS[network]().to(device, memory_format=torch.channels_last).eval()
     dtype = getattr(torch, precision)
 
     def restore(pixels: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ RECIPES = {
         "data": {"patch": 64, "batch": 2, "workers": 0},
         "optimizer": {"lr": 2e-3},
         "schedule": {"kind": "cosine", "cosine_minimum": 2e-5},
-        "run": {"epochs": 25, "steps_per_epoch": 40, "channels_last": True},
+        "run": {"epochs": 25, "steps_per_epoch": 40},
         "validation": {"every": 0},
     },
     "dcmpnet": {

@@ -92,6 +92,9 @@ def save_weights(path: str | os.PathLike[str], model: nn.Module, card: Mapping[s
 def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Build the network that a file of weights belongs to, with its weights, in evaluation mode.
 
+    Its weights are in channels_last, the memory format in which the networks restore fastest; what they compute
+    follows it, whatever the format of an image.
+
     Args:
         path: safetensors with our card, a checkpoint of our training (averaged weights where there
             are some), or a published ``.pt`` / ``.pth`` of MITNet, DCMPNet or its depth network.
@@ -112,7 +115,7 @@ def load_weights(path: str | os.PathLike[str], device: str | torch.device = "cpu
         raise FileNotFoundError(f"{path}: no such file of weights")
     model, card = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     check_finite(model, path)
-    return model.to(device).eval(), card
+    return model.to(device, memory_format=torch.channels_last).eval(), card
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:

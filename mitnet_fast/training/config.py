@@ -135,7 +135,9 @@ class Run(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order, augmentation and noise")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is a GPU")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, weights in float32")
-    channels_last: bool = Field(False, description="memory format of images and weights")
+    channels_last: bool = Field(
+        True, description="memory format of images and weights; false: NCHW, slower wherever it was measured"
+    )
     compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
         None, description="torch.compile backend for the dehazing network; null: not compiled"
     )

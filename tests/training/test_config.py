@@ -89,9 +89,9 @@ def test_overrides_are_yaml_values(text, expected):
 
 
 def test_values_are_converted_to_their_type():
-    config = load_config("mitnet-its", ["optimizer.lr=1e-3", "run.channels_last=yes", "data.root=~/images"])
+    config = load_config("mitnet-its", ["optimizer.lr=1e-3", "run.channels_last=no", "data.root=~/images"])
     assert config.optimizer.lr == 1e-3
-    assert config.run.channels_last is True
+    assert config.run.channels_last is False
     assert config.data.root == Path.home() / "images"
 
 

@@ -106,8 +106,8 @@ def as_text(values: list[dict[str, float]]) -> str:
     ("name", "overrides"),
     [
         ("mitnet", ("schedule.halve_every=1", "network.decoder_spectral=true")),
-        ("mitnet", ("optimizer.accumulate=2", "run.channels_last=true", "run.precision=bfloat16")),
-        ("dcmpnet", ("run.epochs=3",)),
+        ("mitnet", ("optimizer.accumulate=2", "run.precision=bfloat16")),
+        ("dcmpnet", ("run.epochs=3", "run.channels_last=false")),
         ("dcmpnet", ("loss.mode=official", "network.share_depth=true")),
     ],
 )

@@ -338,7 +338,7 @@ def test_bfloat16_computes_in_half_precision_and_keeps_weights_in_full():
 
 @pytest.mark.parametrize("name", ["mitnet", "dcmpnet"])
 def test_channels_last_changes_the_memory_format_and_not_the_numbers(name):
-    plain, last = system_of(name), system_of(name, "run.channels_last=true")
+    plain, last = system_of(name, "run.channels_last=false"), system_of(name)
     weights = [p for p in last.deployed.parameters() if p.dim() == 4 and min(p.shape) > 1]
     assert weights
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
