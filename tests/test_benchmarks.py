@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,16 +46,21 @@ SMALL = replace(
 )
 
 
-def test_implementations_take_turns_and_are_told_apart():
-    order = []
+def test_implementations_take_turns_and_are_told_apart(monkeypatch):
+    order, clock = [], [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
 
     def call(name, seconds):
-        return lambda turn: (order.append((name, turn)), time.sleep(seconds))
+        def run(turn):
+            order.append((name, turn))
+            clock[0] += next(seconds)
 
-    timings = measure.take_turns({"fast": call("fast", 0.002), "slow": call("slow", 0.02)}, "cpu", seconds=0.2)
-    assert timings["slow"].median > 5 * timings["fast"].median >= 5 * 0.002
-    assert timings["fast"].p20 <= timings["fast"].median <= timings["fast"].p80
-    assert timings["fast"].runs == timings["slow"].runs >= 5
+        return run
+
+    fast, slow = cycle((0.002, 0.003, 0.004)), repeat(0.02)
+    timings = measure.take_turns({"fast": call("fast", fast), "slow": call("slow", slow)}, "cpu", seconds=0.31)
+    assert timings["slow"] == measure.Timing(*[pytest.approx(0.02)] * 3, 15)  # what fits into 0.31 s of the slower one
+    assert timings["fast"] == measure.Timing(pytest.approx(0.003), pytest.approx(0.002), pytest.approx(0.004), 15)
     measured = order[-2 * timings["fast"].runs :]
     assert measured[:4] == [("fast", 0), ("slow", -1), ("fast", 1), ("slow", 0)]  # never the copy just used
 
@@ -90,6 +96,24 @@ def test_results_are_the_same_in_both_files(tmp_path):
     with open(tmp_path / "new" / "results.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"name": "a", "value": "1.5"}, {"name": "b", "value": "2.0"}]
     assert json.loads((tmp_path / "new" / "results.json").read_text())[1] == {"name": "b", "value": 2.0}
+
+
+@pytest.mark.parametrize("mode", ["amplitude", "phase"])
+def test_spectra_by_complex_numbers_are_the_same_operator(mode):
+    (spec,) = (spec for spec in bench.SPECS if spec.name == "amplitude_phase_conv")
+    case = replace(spec.typical, options=spec.typical.options | {"mode": mode}, dtype=torch.float64)
+    tensors = spec.inputs(case)
+    for output in (None, tensors["output_weight"]):
+        tensors["output_weight"] = output
+        complex_form = ops.complex_amplitude_phase_conv(**tensors, **case.options)
+        torch.testing.assert_close(complex_form, spec.run(case, tensors, "reference"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("work", [models.TRAINING, models.INFERENCE])
+def test_the_plain_network_that_others_are_compared_with_is_right(work, monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "MITNet", SMALL_MITNET)
+    for name in models.PLAIN:
+        assert models.is_correct("MITNet", work, models.IMPLEMENTATIONS[name], "cpu")
 
 
 def test_shifted_slices_are_the_same_operator():
