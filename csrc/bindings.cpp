@@ -359,13 +359,25 @@ void for_each_group_of_planes(const AmplitudePhaseShape& shape, int64_t planes, 
   });
 }
 
+// Real planes [C, H, W] in the memory of their half spectra.
+at::Tensor planes_in(const at::Tensor& spectrum, const AmplitudePhaseShape& shape) {
+  return at::view_as_real(spectrum).as_strided({spectrum.size(0), shape.height, shape.width},
+                                               {2 * shape.bins(), shape.width, 1});
+}
+
 // The half spectrum [C, H, W/2 + 1] of one sample [C, H, W]. The FFT library's rounding depends on how its
 // input is aligned: it gets one that always is.
 at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& sample) {
   const at::Tensor spectrum = at::empty({sample.size(0), shape.height, shape.columns()},
                                         sample.options().dtype(at::toComplexType(sample.scalar_type())));
+  at::Tensor all_images = sample;
+  if (!sample.is_contiguous()) {
+    all_images = planes_in(spectrum, shape);
+    amplitude_phase_cpu_kernels().to_planes(shape, view(sample.unsqueeze(0)), sample.size(0),
+                                            spectrum.mutable_data_ptr(), max_threads());
+  }
   for_each_group_of_planes(shape, sample.size(0), [&](int64_t first, int64_t planes) {
-    at::Tensor images = sample.narrow(0, first, planes);
+    at::Tensor images = all_images.narrow(0, first, planes);
     if (!images.is_contiguous() || reinterpret_cast<uintptr_t>(images.const_data_ptr()) % 64 != 0)
       images = at::empty(images.sizes(), images.options()).copy_(images);
     const at::Tensor target = spectrum.narrow(0, first, planes);
@@ -375,13 +387,18 @@ at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tens
   return spectrum;
 }
 
-// Writes the unnormalised inverse transform of a half spectrum, whose self-conjugate columns are overwritten.
+// Writes the unnormalised inverse transform of a half spectrum, which is overwritten.
 void inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum, const at::Tensor& images) {
+  const at::Tensor all_planes = images.is_contiguous() ? images : planes_in(spectrum, shape);
   for_each_group_of_planes(shape, spectrum.size(0), [&](int64_t first, int64_t planes) {
     const at::Tensor source = spectrum.narrow(0, first, planes);
     make_hermitian(shape, source.mutable_data_ptr(), planes);
-    images.narrow(0, first, planes).copy_(at::_fft_c2r(source, {1, 2}, /*normalization=*/0, shape.width));
+    all_planes.narrow(0, first, planes).copy_(at::_fft_c2r(source, {1, 2}, /*normalization=*/0, shape.width));
   });
+  if (!images.is_contiguous()) {
+    amplitude_phase_cpu_kernels().from_planes(shape, spectrum.const_data_ptr(), images.size(0),
+                                              mutable_view(images.unsqueeze(0)), max_threads());
+  }
 }
 
 #ifdef MITNET_FAST_WITH_CUDA
@@ -563,7 +580,7 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
     launch_on_cpu(kernels.backward, sample);
     if (needs_x) inverse_on_cpu(sample.call.shape, spectrum, grad_x[n]);
   }
-  kernels.add_up(sample);
+  kernels.add_up(sample, max_threads());
   return {if_defined(grad_x),     if_defined(grad_weight1),       if_defined(grad_bias1),      if_defined(grad_weight2),
           if_defined(grad_bias2), if_defined(grad_output_weight), if_defined(grad_output_bias)};
 }

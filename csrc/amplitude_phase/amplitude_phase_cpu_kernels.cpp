@@ -9,6 +9,9 @@
 //   grad_output_weight = Re(grad)·Re(Y)ᵀ + Im(grad)·Im(Y)ᵀ, and of X in the place of Y for its other half
 
 #include "amplitude_phase/amplitude_phase_cpu.h"
+#include "common/pixels_cpu.h"
+#include "common/planes_cpu.h"
+#include "common/transpose_cpu.h"
 #include "common/workspace_cpu.h"
 
 namespace mitnet_fast {
@@ -23,7 +26,7 @@ constexpr int deep_product_vectors = many_registers ? 3 : 2;
 constexpr int deep_product_rows = many_registers ? 8 : 4;
 constexpr int64_t deep_product = 100;  // channels from which on a product is deep
 // Those of a product over bins: rows × rows.
-constexpr int sum_rows = many_registers ? 5 : 3;
+constexpr int sum_rows = many_registers ? 4 : 3;
 
 template <typename T>
 constexpr int64_t product_bins = product_vectors * Vec<T>::size();
@@ -153,10 +156,11 @@ struct Packed {
   // Element (i, k) is from[i·stride_i + k·stride_k].
   void fill(const void* from, int64_t stride_i, int64_t stride_k) const {
     const T* source = static_cast<const T*>(from);
-    for (int64_t i = 0; i < round_up(rows, block()); ++i)
+    T* next = weight;
+    for (int64_t first = 0; first < rows; first += block())
       for (int64_t k = 0; k < columns; ++k)
-        weight[(i / block() * columns + k) * block() + i % block()] =
-            i < rows ? source[i * stride_i + k * stride_k] : T(0);
+        for (int64_t i = first; i < first + block(); ++i)
+          *next++ = i < rows ? source[i * stride_i + k * stride_k] : T(0);
   }
 };
 
@@ -221,8 +225,24 @@ void add_products(const T* const (&a)[pairs], int64_t rows, const T* const (&b)[
           }
         }
       }
-      UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) {
-        if (i + r < rows && j + s < columns) sums[(i + r) * sums_pitch + j + s] += sum_of_lanes(sum[r][s]);
+      constexpr int squares = (sum_rows * sum_rows + lanes - 1) / lanes;
+      T total[squares * lanes];
+      UNROLLED_FOR(q, squares) {
+        Square<T> square;
+        UNROLLED_FOR(k, lanes) {
+          const int place = q * lanes + k;
+          square.put(k, place < sum_rows * sum_rows ? sum[place / sum_rows % sum_rows][place % sum_rows] : Vec<T>(0));
+        }
+        square.sum_lanes();
+        square.row(0).store(total + q * lanes);
+      }
+      T* const to = sums + i * sums_pitch + j;
+      if (i + sum_rows <= rows && j + sum_rows <= columns) {
+        UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) { to[r * sums_pitch + s] += total[r * sum_rows + s]; }
+      } else {
+        for (int64_t r = 0; r < smaller(sum_rows, rows - i); ++r)
+          for (int64_t s = 0; s < smaller(sum_rows, columns - j); ++s)
+            to[r * sums_pitch + s] += total[r * sum_rows + s];
       }
     }
   }
@@ -636,22 +656,16 @@ struct Backward {
     }
   }
 
-  void add_up() const {
-    add_up(places.weight1, places.bias1, call.grad_weight1);
-    add_up(places.bias1, places.weight2, call.grad_bias1);
-    add_up(places.weight2, places.bias2, call.grad_weight2);
-    add_up(places.bias2, places.output_weight, call.grad_bias2);
-    add_up(places.output_weight, places.output_bias, call.grad_output_weight);
-    add_up(places.output_bias, places.size, call.grad_output_bias);
-  }
-
-  void add_up(int64_t begin, int64_t end, void* gradient) const {
-    if (!gradient) return;
-    for (int64_t place = begin; place < end; ++place) {
-      double sum = 0;
-      for (int64_t group = 0; group < tasks; ++group) sum += sums[group * places.size + place];
-      static_cast<T*>(gradient)[place - begin] = static_cast<T>(sum);
-    }
+  void add_up_groups(int threads) const {
+    const int64_t inputs = shape.output_inputs();
+    add_up<T>(sums, places.size, 0, tasks,
+              {{call.grad_weight1, places.weight1, hidden, channels, channels},
+               {call.grad_bias1, places.bias1, 1, hidden, hidden},
+               {call.grad_weight2, places.weight2, channels, hidden, hidden},
+               {call.grad_bias2, places.bias2, 1, channels, channels},
+               {call.grad_output_weight, places.output_weight, out, inputs, inputs},
+               {call.grad_output_bias, places.output_bias, 1, out, out}},
+              threads);
   }
 };
 
@@ -686,9 +700,47 @@ int64_t sums_bytes(const AmplitudePhaseSampleBackward& sample) {
                                                       : bytes(backward_of<float>(sample));
 }
 
-void add_up(const AmplitudePhaseSampleBackward& sample) {
-  sample.call.shape.dtype == DataType::float64 ? backward_of<double>(sample).add_up()
-                                               : backward_of<float>(sample).add_up();
+void add_up_groups(const AmplitudePhaseSampleBackward& sample, int threads) {
+  sample.call.shape.dtype == DataType::float64 ? backward_of<double>(sample).add_up_groups(threads)
+                                               : backward_of<float>(sample).add_up_groups(threads);
+}
+
+// Calls copy(rows' first, rows) for bands of an image.
+template <typename Copy>
+void for_each_band(const AmplitudePhaseShape& shape, int threads, Copy copy) {
+  const int64_t rows = divide_up(shape.height, enough_tasks);
+  parallel_tasks(divide_up(shape.height, rows), threads,
+                 [&](int64_t band, int) { copy(band * rows, smaller(rows, shape.height - band * rows)); });
+}
+
+template <typename T>
+void to_planes(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
+               int threads) {
+  for_each_band(shape, threads, [&](int64_t row, int64_t rows) {
+    copy_to_planes<T>(image, 0, 0, channels, row, rows, 0, shape.width, static_cast<T*>(spectrum) + row * shape.width,
+                      2 * shape.bins(), shape.width);
+  });
+}
+
+template <typename T>
+void from_planes(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,
+                 int threads) {
+  for_each_band(shape, threads, [&](int64_t row, int64_t rows) {
+    copy_from_planes<T>(static_cast<const T*>(spectrum) + row * shape.width, 2 * shape.bins(), shape.width, image, 0, 0,
+                        channels, row, rows, 0, shape.width);
+  });
+}
+
+void launch_to_planes(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
+                      int threads) {
+  shape.dtype == DataType::float64 ? to_planes<double>(shape, image, channels, spectrum, threads)
+                                   : to_planes<float>(shape, image, channels, spectrum, threads);
+}
+
+void launch_from_planes(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,
+                        int threads) {
+  shape.dtype == DataType::float64 ? from_planes<double>(shape, spectrum, channels, image, threads)
+                                   : from_planes<float>(shape, spectrum, channels, image, threads);
 }
 
 }  // namespace
@@ -698,7 +750,9 @@ const AmplitudePhaseCpuKernels amplitude_phase_kernels = {
     {&forward_workspace_bytes, &launch_forward},
     {&backward_workspace_bytes, &launch_backward},
     &sums_bytes,
-    &add_up,
+    &add_up_groups,
+    &launch_to_planes,
+    &launch_from_planes,
 };
 
 }  // namespace CPU_CAPABILITY

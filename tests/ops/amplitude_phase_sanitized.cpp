@@ -38,6 +38,16 @@ bool random_calls() {
   run(amplitude_phase_kernels.forward, {shape, map, x.data(), y.data()});
   if (!written(y)) return false;
 
+  const int64_t pixels = shape.height * shape.width, step = coin() ? channels : 1;  // channels_last or contiguous
+  const int64_t channel_step = step == 1 ? pixels : 1;
+  const auto image = numbers<T>(pixels * channels);
+  auto planes = unwritten<T>(values * channels), copy = unwritten<T>(pixels * channels);
+  const ConstMapView from{image.data(), 0, channel_step, shape.width * step, step};
+  const MapView to{copy.data(), 0, channel_step, shape.width * step, step};
+  amplitude_phase_kernels.to_planes(shape, from, channels, planes.data(), 3);
+  amplitude_phase_kernels.from_planes(shape, planes.data(), channels, to, 3);
+  if (copy != image) return false;
+
   const auto gradient = [](int64_t count) { return coin() ? unwritten<T>(count) : std::vector<T>(); };
   auto grad_x = gradient(x.size()), grad_weight1 = gradient(weight1.size()), grad_bias1 = gradient(hidden);
   auto grad_weight2 = gradient(weight2.size()), grad_bias2 = gradient(channels);
@@ -51,7 +61,7 @@ bool random_calls() {
   std::vector<char> sums(amplitude_phase_kernels.sums_bytes(sample));
   sample.sums = sums.data();
   for (int n = 0; n < 2; ++n) run(amplitude_phase_kernels.backward, sample);
-  amplitude_phase_kernels.add_up(sample);
+  amplitude_phase_kernels.add_up(sample, static_cast<int>(one_of({1, 2, 5})));
   return written(grad_x) && written(grad_weight1) && written(grad_bias1) && written(grad_weight2) &&
          written(grad_bias2) && written(grad_output_weight) && written(grad_output_bias);
 }

@@ -217,11 +217,12 @@ def test_the_gradient_of_x_has_its_layout(layout):
     assert grad_x.is_contiguous(memory_format=formats[layout])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize(("channels", "side"), [(20, 256), (80, 64)])
-def test_memory_is_a_third_of_eager(channels, side, mode):
+def test_memory_is_a_third_of_eager(channels, side, mode, layout):
     """Peak above inputs and results, forward and backward."""
-    case = case_of(2, channels, side, side, channels, channels, mode, skip=1, bias=1)
+    case = replace(case_of(2, channels, side, side, channels, channels, mode, skip=1, bias=1), layout=layout)
     leaves = {name: tensor.requires_grad_() for name, tensor in SPEC.inputs(case).items()}
     gradient = SPEC.gradient(case, leaves["x"])
     results = 4 * (gradient.numel() + sum(leaf.numel() for leaf in leaves.values()))
