@@ -651,7 +651,7 @@ AMPLITUDE_PHASE_CONV = OpSpec(
     typical=_spectral(2, 5, 6, 9, 7, 5, "phase", skip=1, bias=1),
     random_sizes=_random_amplitude_phase,
     benchmark_cases=tuple(
-        _spectral(2, c, s, s, c, c, mode)
+        _spectral(2, c, s, s, c, c, mode, skip=1, bias=1)
         for c, s in ((20, 256), (40, 128), (80, 64), (160, 32))
         for mode in ("amplitude", "phase")
     ),
