@@ -440,16 +440,17 @@ def _grad_spectrum_kernel(
         is_zero = amplitude == 0
         radial = tl.where(is_zero, 0.0, radial)
         angular = tl.where(is_zero, 0.0, tl.div_rn(angular, tl.where(is_zero, 1.0, amplitude)))
-        real += cosine * radial - sine * angular
-        turned = sine * radial + cosine * angular
+        grad_x_real = cosine * radial - sine * angular
+        grad_x_imaginary = sine * radial + cosine * angular
         if SKIP:
             skip_real, skip_imaginary = _load_gradient(
                 *(grad_ptr, output_weight_ptr, True, n, c, source, column, present, height, width),
                 *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, SKIP, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
             )
-            real += skip_real
-            turned += skip_imaginary
-        imaginary += tl.where(mirrored == 1, -turned, turned)
+            grad_x_real += skip_real
+            grad_x_imaginary += skip_imaginary
+        real += grad_x_real
+        imaginary += tl.where(mirrored == 1, -grad_x_imaginary, grad_x_imaginary)
     scale = tl.where(edge, 0.5, 1.0) / (height * width)
     _store_bins(
         *(grad_spectrum_ptr, real * scale, imaginary * scale, n, c, row, column, present, height, width, CHANNELS)
