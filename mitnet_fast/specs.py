@@ -584,14 +584,14 @@ def _amplitude_phase_output(case: Case) -> tuple[int, ...]:
 def _random_amplitude_phase(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     channels = random.choice((1, 3, 5, 8, 20, 20, 40, 80, 160))
     sides = (1, 2, 3, 4, 5, 7, 8, 11) if channels > 20 else (1, 2, 3, 5, 8, 12, 13, 16, 17, 20, 24, 31, 36)
-    forms = ((0, 0, 0), (0, 0, 0), (channels, 0, 0), (channels, 1, 1), (3, 1, 0), (22, 0, 1))
+    outputs = ((0, 0, 0), (0, 0, 0), (channels, 0, 0), (channels, 1, 1), (3, 1, 0), (22, 0, 1))
     sizes = {
         "batch": random.choice((0, 1, 1, 2, 3)),
         "channels": channels,
         "height": random.choice(sides),
         "width": random.choice(sides),
         "hidden": random.choice((1, 6, channels, channels)),
-        **dict(zip(("out", "skip", "bias"), random.choice(forms), strict=True)),
+        **dict(zip(("out", "skip", "bias"), random.choice(outputs), strict=True)),
     }
     return sizes, {
         "mode": random.choice(("amplitude", "phase")),

@@ -5,8 +5,9 @@
     y   = irfft2(M(A)·exp(iP))  (amplitude)   or   irfft2(A·exp(i·M(P)))  (phase)
     out = conv1×1([s, y]) (+ conv3×3(encoder features) + conv3×3(decoder features))
 
-The 1×1 convolution over [s, y] commutes with the inverse transform: it is ``irfft2(W·[X, Y]) + b``, part
-of the spectral operator, so that nothing is concatenated and s is not read again. Maps are [B, C, H, W].
+The 1×1 convolution over [s, y] commutes with the transform: it is ``irfft2(W·[X, Y]) + b``, where Y is the
+spectrum of y, and part of the operator that computes Y: nothing is concatenated, s is not read again.
+Maps are [B, C, H, W].
 """
 
 from __future__ import annotations
