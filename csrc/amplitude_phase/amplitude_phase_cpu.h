@@ -21,8 +21,8 @@ struct AmplitudePhaseCpuKernels {
   int64_t (*sums_bytes)(const AmplitudePhaseSampleBackward& call);
   // Adds up the groups in their order to the gradients of the weights.
   void (*add_up)(const AmplitudePhaseSampleBackward& call, int threads);
-  // An image [C, H, W] of any strides becomes planes in the memory of its half spectrum, the first HW numbers for each
-  // channel, or the other way round. FFT libraries take a few channels at a time, which may lie in all of its memory.
+  // Copies an image [C, H, W] of any strides to planes in the memory of its half spectrum, the first HW numbers of each
+  // channel's, or back. An FFT library takes a few channels at a time, which in channels_last lie all over the memory.
   void (*to_planes)(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
                     int threads);
   void (*from_planes)(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,

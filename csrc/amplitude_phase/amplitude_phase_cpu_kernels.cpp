@@ -236,14 +236,9 @@ void add_products(const T* const (&a)[pairs], int64_t rows, const T* const (&b)[
         square.sum_lanes();
         square.row(0).store(total + q * lanes);
       }
-      T* const to = sums + i * sums_pitch + j;
-      if (i + sum_rows <= rows && j + sum_rows <= columns) {
-        UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) { to[r * sums_pitch + s] += total[r * sum_rows + s]; }
-      } else {
-        for (int64_t r = 0; r < smaller(sum_rows, rows - i); ++r)
-          for (int64_t s = 0; s < smaller(sum_rows, columns - j); ++s)
-            to[r * sums_pitch + s] += total[r * sum_rows + s];
-      }
+      for (int64_t r = 0; r < smaller(sum_rows, rows - i); ++r)
+        for (int64_t s = 0; s < smaller(sum_rows, columns - j); ++s)
+          sums[(i + r) * sums_pitch + j + s] += total[r * sum_rows + s];
     }
   }
 }
