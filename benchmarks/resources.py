@@ -39,7 +39,7 @@ SHARED_RESERVED_PER_BLOCK = 1024
 CSRC = Path(__file__).parent.parent / "csrc"
 NVCC_FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-O3", "-DNDEBUG", f"-I{CSRC}")
 # MITNet's first level, of 256×256 pixels
-LEVEL = "AmplitudePhaseShape{{DataType::float32, 8, 20, 20, 20, 256, 256, {0}, 0.2, {1}}}"
+LEVEL = "AmplitudePhaseShape{{DataType::float32, 8, 20, 20, 20, 256, 256, {0}, 0.2, {1}, true}}"
 
 
 @dataclass(frozen=True)

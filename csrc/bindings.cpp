@@ -295,7 +295,8 @@ predicted_dynamic_filter_backward(const at::Tensor& grad, const at::Tensor& x, c
 
 AmplitudePhaseShape checked_shape(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
                                   const at::Tensor& weight2, const at::Tensor& bias2,
-                                  const std::optional<at::Tensor>& output_weight, bool phase, double negative_slope,
+                                  const std::optional<at::Tensor>& output_weight,
+                                  const std::optional<at::Tensor>& output_bias, bool phase, double negative_slope,
                                   bool tf32) {
   check_map("x", x);
   const DataType dtype = data_type(x);
@@ -309,29 +310,39 @@ AmplitudePhaseShape checked_shape(const at::Tensor& x, const at::Tensor& weight1
   check_like("weight2", weight2, {channels, hidden}, x);
   check_like("bias2", bias2, {channels}, x);
   int64_t out_channels = channels;
+  bool skip = false;
   if (output_weight) {
-    TORCH_CHECK_VALUE(output_weight->dim() == 2, "output_weight: expected shape [Co, C], got ", output_weight->sizes());
-    out_channels = output_weight->size(0);
-    check_like("output_weight", *output_weight, {out_channels, channels}, x);
+    const auto sizes = output_weight->sizes();
+    TORCH_CHECK_VALUE(sizes.size() == 2 && (sizes[1] == channels || sizes[1] == 2 * channels),
+                      "output_weight: expected shape [Co, C] or [Co, 2C] with C = ", channels, ", got ", sizes);
+    out_channels = sizes[0];
+    skip = sizes[1] == 2 * channels;
+    check_like("output_weight", *output_weight, sizes, x);
   }
-  return {dtype, x.size(0), channels, hidden, out_channels, x.size(2), x.size(3), phase, negative_slope, tf32};
+  if (output_bias) {
+    TORCH_CHECK_VALUE(output_weight, "output_bias: taken only with output_weight");
+    check_like("output_bias", *output_bias, {out_channels}, x);
+  }
+  return {dtype, x.size(0), channels, hidden, out_channels, x.size(2), x.size(3), phase, negative_slope, tf32, skip};
 }
 
 // Contiguous tensors behind a SpectralMap.
 struct SpectralWeights {
-  at::Tensor weight1, bias1, weight2, bias2, output_weight;
+  at::Tensor weight1, bias1, weight2, bias2, output_weight, output_bias;
 
   SpectralWeights(const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
-                  const at::Tensor& bias2, const std::optional<at::Tensor>& output_weight)
+                  const at::Tensor& bias2, const std::optional<at::Tensor>& output_weight,
+                  const std::optional<at::Tensor>& output_bias)
       : weight1(weight1.contiguous()),
         bias1(bias1.contiguous()),
         weight2(weight2.contiguous()),
         bias2(bias2.contiguous()),
-        output_weight(contiguous(output_weight)) {}
+        output_weight(contiguous(output_weight)),
+        output_bias(contiguous(output_bias)) {}
 
   SpectralMap map() const {
-    return {weight1.const_data_ptr(), bias1.const_data_ptr(), weight2.const_data_ptr(), bias2.const_data_ptr(),
-            output_weight.defined() ? output_weight.const_data_ptr() : nullptr};
+    const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
+    return {data(weight1), data(bias1), data(weight2), data(bias2), data(output_weight), data(output_bias)};
   }
 };
 
@@ -348,13 +359,25 @@ void for_each_group_of_planes(const AmplitudePhaseShape& shape, int64_t planes, 
   });
 }
 
+// Real planes [C, H, W] in the memory of their half spectra.
+at::Tensor planes_in(const at::Tensor& spectrum, const AmplitudePhaseShape& shape) {
+  return at::view_as_real(spectrum).as_strided({spectrum.size(0), shape.height, shape.width},
+                                               {2 * shape.bins(), shape.width, 1});
+}
+
 // The half spectrum [C, H, W/2 + 1] of one sample [C, H, W]. The FFT library's rounding depends on how its
 // input is aligned: it gets one that always is.
 at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& sample) {
   const at::Tensor spectrum = at::empty({sample.size(0), shape.height, shape.columns()},
                                         sample.options().dtype(at::toComplexType(sample.scalar_type())));
+  at::Tensor all_images = sample;
+  if (!sample.is_contiguous()) {
+    all_images = planes_in(spectrum, shape);
+    amplitude_phase_cpu_kernels().to_planes(shape, view(sample.unsqueeze(0)), sample.size(0),
+                                            spectrum.mutable_data_ptr(), max_threads());
+  }
   for_each_group_of_planes(shape, sample.size(0), [&](int64_t first, int64_t planes) {
-    at::Tensor images = sample.narrow(0, first, planes);
+    at::Tensor images = all_images.narrow(0, first, planes);
     if (!images.is_contiguous() || reinterpret_cast<uintptr_t>(images.const_data_ptr()) % 64 != 0)
       images = at::empty(images.sizes(), images.options()).copy_(images);
     const at::Tensor target = spectrum.narrow(0, first, planes);
@@ -364,13 +387,18 @@ at::Tensor half_spectrum_on_cpu(const AmplitudePhaseShape& shape, const at::Tens
   return spectrum;
 }
 
-// Writes the unnormalised inverse transform of a half spectrum, whose self-conjugate columns are overwritten.
+// Writes the unnormalised inverse transform of a half spectrum, which is overwritten.
 void inverse_on_cpu(const AmplitudePhaseShape& shape, const at::Tensor& spectrum, const at::Tensor& images) {
+  const at::Tensor all_planes = images.is_contiguous() ? images : planes_in(spectrum, shape);
   for_each_group_of_planes(shape, spectrum.size(0), [&](int64_t first, int64_t planes) {
     const at::Tensor source = spectrum.narrow(0, first, planes);
     make_hermitian(shape, source.mutable_data_ptr(), planes);
-    images.narrow(0, first, planes).copy_(at::_fft_c2r(source, {1, 2}, /*normalization=*/0, shape.width));
+    all_planes.narrow(0, first, planes).copy_(at::_fft_c2r(source, {1, 2}, /*normalization=*/0, shape.width));
   });
+  if (!images.is_contiguous()) {
+    amplitude_phase_cpu_kernels().from_planes(shape, spectrum.const_data_ptr(), images.size(0),
+                                              mutable_view(images.unsqueeze(0)), max_threads());
+  }
 }
 
 #ifdef MITNET_FAST_WITH_CUDA
@@ -466,11 +494,13 @@ at::Tensor spectrum_on_cuda(const AmplitudePhaseShape& shape, const at::Tensor& 
 
 at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& weight1, const at::Tensor& bias1,
                                         const at::Tensor& weight2, const at::Tensor& bias2,
-                                        const std::optional<at::Tensor>& output_weight, bool phase,
-                                        double negative_slope, bool tf32) {
+                                        const std::optional<at::Tensor>& output_weight,
+                                        const std::optional<at::Tensor>& output_bias, bool phase, double negative_slope,
+                                        bool tf32) {
   const at::NoGradGuard no_grad;
-  const auto shape = checked_shape(x, weight1, bias1, weight2, bias2, output_weight, phase, negative_slope, tf32);
-  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight);
+  const auto shape =
+      checked_shape(x, weight1, bias1, weight2, bias2, output_weight, output_bias, phase, negative_slope, tf32);
+  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight, output_bias);
 #ifdef MITNET_FAST_WITH_CUDA
   if (x.is_cuda()) return forward_on_cuda(shape, weights.map(), x);
 #endif
@@ -491,17 +521,20 @@ at::Tensor amplitude_phase_conv_forward(const at::Tensor& x, const at::Tensor& w
 }
 
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
-           std::optional<at::Tensor>, std::optional<at::Tensor>>
+           std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>
 amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight1,
                               const at::Tensor& bias1, const at::Tensor& weight2, const at::Tensor& bias2,
-                              const std::optional<at::Tensor>& output_weight, bool phase, double negative_slope,
+                              const std::optional<at::Tensor>& output_weight,
+                              const std::optional<at::Tensor>& output_bias, bool phase, double negative_slope,
                               bool tf32, bool needs_x, bool needs_weight1, bool needs_bias1, bool needs_weight2,
-                              bool needs_bias2, bool needs_output_weight) {
+                              bool needs_bias2, bool needs_output_weight, bool needs_output_bias) {
   const at::NoGradGuard no_grad;
-  const auto shape = checked_shape(x, weight1, bias1, weight2, bias2, output_weight, phase, negative_slope, tf32);
+  const auto shape =
+      checked_shape(x, weight1, bias1, weight2, bias2, output_weight, output_bias, phase, negative_slope, tf32);
   check_like("grad", grad, {shape.batch, shape.out_channels, shape.height, shape.width}, x);
   TORCH_CHECK_VALUE(output_weight || !needs_output_weight, "needs_output_weight: there is no output_weight");
-  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight);
+  TORCH_CHECK_VALUE(output_bias || !needs_output_bias, "needs_output_bias: there is no output_bias");
+  const SpectralWeights weights(weight1, bias1, weight2, bias2, output_weight, output_bias);
   const auto gradient_of = [](const at::Tensor& weight, bool needed) {
     return needed ? at::empty(weight.sizes(), weight.options()) : at::Tensor();
   };
@@ -511,6 +544,7 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
   const at::Tensor grad_weight1 = gradient_of(weight1, needs_weight1), grad_bias1 = gradient_of(bias1, needs_bias1);
   const at::Tensor grad_weight2 = gradient_of(weight2, needs_weight2), grad_bias2 = gradient_of(bias2, needs_bias2);
   const at::Tensor grad_output_weight = gradient_of(weights.output_weight, needs_output_weight);
+  const at::Tensor grad_output_bias = gradient_of(weights.output_bias, needs_output_bias);
   const AmplitudePhaseBackward call{shape,
                                     weights.map(),
                                     nullptr,
@@ -520,12 +554,14 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
                                     data(grad_bias1),
                                     data(grad_weight2),
                                     data(grad_bias2),
-                                    data(grad_output_weight)};
+                                    data(grad_output_weight),
+                                    data(grad_output_bias)};
 #ifdef MITNET_FAST_WITH_CUDA
   if (x.is_cuda()) {
     const at::Tensor result = backward_on_cuda(call, grad, x, needs_x);
-    return {if_defined(result),       if_defined(grad_weight1), if_defined(grad_bias1),
-            if_defined(grad_weight2), if_defined(grad_bias2),   if_defined(grad_output_weight)};
+    return {if_defined(result),          if_defined(grad_weight1), if_defined(grad_bias1),
+            if_defined(grad_weight2),    if_defined(grad_bias2),   if_defined(grad_output_weight),
+            if_defined(grad_output_bias)};
   }
 #endif
   if (!x.is_cpu()) no_kernels_for(x);
@@ -544,9 +580,9 @@ amplitude_phase_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
     launch_on_cpu(kernels.backward, sample);
     if (needs_x) inverse_on_cpu(sample.call.shape, spectrum, grad_x[n]);
   }
-  kernels.add_up(sample);
-  return {if_defined(grad_x),       if_defined(grad_weight1), if_defined(grad_bias1),
-          if_defined(grad_weight2), if_defined(grad_bias2),   if_defined(grad_output_weight)};
+  kernels.add_up(sample, max_threads());
+  return {if_defined(grad_x),     if_defined(grad_weight1),       if_defined(grad_bias1),      if_defined(grad_weight2),
+          if_defined(grad_bias2), if_defined(grad_output_weight), if_defined(grad_output_bias)};
 }
 
 // What the kernels see of x: [B, C, H, W/2 + 1, 2]. Phases are discontinuous, so that only results from the
@@ -557,11 +593,11 @@ at::Tensor amplitude_phase_conv_spectrum(const at::Tensor& x) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
 #ifdef MITNET_FAST_WITH_CUDA
   if (x.is_cuda()) {
-    return spectrum_on_cuda({data_type(x), x.size(0), channels, 1, channels, height, width, false, 0, false}, x);
+    return spectrum_on_cuda({data_type(x), x.size(0), channels, 1, channels, height, width, false, 0, false, false}, x);
   }
 #endif
   if (!x.is_cpu()) no_kernels_for(x);
-  const AmplitudePhaseShape shape{data_type(x), 1, channels, 1, channels, height, width, false, 0, false};
+  const AmplitudePhaseShape shape{data_type(x), 1, channels, 1, channels, height, width, false, 0, false, false};
   const at::Tensor spectra = at::empty({x.size(0), x.size(1), shape.height, shape.columns(), 2}, x.options());
   for (int64_t n = 0; n < x.size(0); ++n) spectra[n].copy_(at::view_as_real(half_spectrum_on_cpu(shape, x[n])));
   return spectra;
@@ -1003,12 +1039,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("needs_bias"));
 
   module.def("amplitude_phase_conv_forward", kernel(&amplitude_phase_conv_forward), py::arg("x"), py::arg("weight1"),
-             py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("output_weight"), py::arg("phase"),
-             py::arg("negative_slope"), py::arg("tf32"));
+             py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("output_weight"), py::arg("output_bias"),
+             py::arg("phase"), py::arg("negative_slope"), py::arg("tf32"));
   module.def("amplitude_phase_conv_backward", kernel(&amplitude_phase_conv_backward), py::arg("grad"), py::arg("x"),
              py::arg("weight1"), py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("output_weight"),
-             py::arg("phase"), py::arg("negative_slope"), py::arg("tf32"), py::arg("needs_x"), py::arg("needs_weight1"),
-             py::arg("needs_bias1"), py::arg("needs_weight2"), py::arg("needs_bias2"), py::arg("needs_output_weight"));
+             py::arg("output_bias"), py::arg("phase"), py::arg("negative_slope"), py::arg("tf32"), py::arg("needs_x"),
+             py::arg("needs_weight1"), py::arg("needs_bias1"), py::arg("needs_weight2"), py::arg("needs_bias2"),
+             py::arg("needs_output_weight"), py::arg("needs_output_bias"));
   module.def("amplitude_phase_conv_spectrum", kernel(&amplitude_phase_conv_spectrum), py::arg("x"));
   module.def("window_attention_forward", kernel(&window_attention_forward), py::arg("qk"), py::arg("v"),
              py::arg("bias_table"), py::arg("num_heads"), py::arg("window_size"), py::arg("shift"), py::arg("tf32"));

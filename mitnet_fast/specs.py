@@ -537,7 +537,7 @@ class _AsSeen(torch.autograd.Function):
 def _amplitude_phase_as_seen(
     case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
 ) -> Callable[..., torch.Tensor]:
-    """The reference from the spectrum that ``backend`` sees of ``x``, what counts as zero in its dtype set to zero."""
+    """The reference from the spectrum that ``backend`` sees of ``x``, where the same amplitudes count as zero."""
     x = tensors["x"].detach()
     sizes = sizes_of(x, tensors["weight1"], tensors["output_weight"])
     chosen = choose(AMPLITUDE_PHASE_KERNELS, backend, x.device.type, x.dtype, sizes)
@@ -545,15 +545,14 @@ def _amplitude_phase_as_seen(
         seen = reference.half_spectrum(x)
     else:
         seen = amplitude_phase_launchers(chosen).amplitude_phase_conv_spectrum(x)
-    counts_as_zero = torch.hypot(*seen.unbind(-1)) < SMALLEST_AMPLITUDE[x.dtype]
-    seen = seen.masked_fill(counts_as_zero[..., None], 0)
+    smallest = SMALLEST_AMPLITUDE[x.dtype]
 
     def formula(x: torch.Tensor, *, other_side: bool = False, **weights: torch.Tensor | None) -> torch.Tensor:
         own = reference.half_spectrum(x)
         parts = (_AsSeen.apply(*pair) for pair in zip(own.unbind(-1), seen.to(x.device).unbind(-1), strict=True))
         first_layer = on_the_other_side if other_side else None
         return amplitude_phase_conv_of_spectrum(
-            *parts, **weights, **case.options, size=x.shape[-2:], first_layer=first_layer
+            *parts, **weights, **case.options, size=x.shape[-2:], first_layer=first_layer, smallest=smallest
         )
 
     def on_the_other_side(values, kernel, bias, negative_slope):
@@ -572,7 +571,8 @@ def _amplitude_phase_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
         "bias1": (hidden,),
         "weight2": (c, hidden),
         "bias2": (c,),
-        "output_weight": (out, c) if out else None,
+        "output_weight": (out, 2 * c if case.sizes["skip"] else c) if out else None,
+        "output_bias": (out,) if case.sizes["bias"] else None,
     }
 
 
@@ -584,13 +584,14 @@ def _amplitude_phase_output(case: Case) -> tuple[int, ...]:
 def _random_amplitude_phase(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     channels = random.choice((1, 3, 5, 8, 20, 20, 40, 80, 160))
     sides = (1, 2, 3, 4, 5, 7, 8, 11) if channels > 20 else (1, 2, 3, 5, 8, 12, 13, 16, 17, 20, 24, 31, 36)
+    outputs = ((0, 0, 0), (0, 0, 0), (channels, 0, 0), (channels, 1, 1), (3, 1, 0), (22, 0, 1))
     sizes = {
         "batch": random.choice((0, 1, 1, 2, 3)),
         "channels": channels,
         "height": random.choice(sides),
         "width": random.choice(sides),
         "hidden": random.choice((1, 6, channels, channels)),
-        "out": random.choice((0, 0, channels, channels, 3, 22)),
+        **dict(zip(("out", "skip", "bias"), random.choice(outputs), strict=True)),
     }
     return sizes, {
         "mode": random.choice(("amplitude", "phase")),
@@ -599,21 +600,31 @@ def _random_amplitude_phase(random: Random) -> tuple[dict[str, int], dict[str, o
 
 
 def _amplitude_phase_flops(case: Case) -> tuple[int, int]:
-    c, h, w, hidden = (case.sizes[name] for name in ("channels", "height", "width", "hidden"))
+    c, h, w, hidden, skip = (case.sizes[name] for name in ("channels", "height", "width", "hidden", "skip"))
     out = _amplitude_phase_output(case)[1]
     bins = case.sizes["batch"] * h * (w // 2 + 1)
     transform = int(2.5 * _pixels(case) * log2(max(2, h * w)))  # of one channel
-    # two layers of one part of the spectrum, one of both parts
-    forward, backward = _with_gradients(4 * bins * c * (hidden + case.sizes["out"]))
+    # two layers of one part of the spectrum, one or two of both parts
+    forward, backward = _with_gradients(4 * bins * c * (hidden + (1 + skip) * case.sizes["out"]))
     transforms = (c + out) * transform  # backward: their adjoints
     return forward + transforms, backward + transforms
 
 
 def _spectral(
-    batch: int, channels: int, height: int, width: int, hidden: int, out: int, mode: str = "amplitude", slope=0.2
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    hidden: int,
+    out: int,
+    mode: str = "amplitude",
+    slope: float = 0.2,
+    *,
+    skip: int = 0,
+    bias: int = 0,
 ) -> Case:
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "hidden": hidden, "out": out}
-    return Case(sizes, {"mode": mode, "negative_slope": slope})
+    return Case(sizes | {"skip": skip, "bias": bias}, {"mode": mode, "negative_slope": slope})
 
 
 AMPLITUDE_PHASE_CONV = OpSpec(
@@ -625,25 +636,27 @@ AMPLITUDE_PHASE_CONV = OpSpec(
     cases=(
         _spectral(1, 1, 1, 1, 1, 0),
         _spectral(1, 3, 1, 2, 3, 0, "phase"),
+        _spectral(1, 1, 1, 1, 1, 1, skip=1, bias=1),
         _spectral(2, 3, 2, 1, 4, 3, "phase"),
-        _spectral(1, 5, 3, 4, 2, 7),
-        _spectral(2, 3, 4, 3, 3, 2, "phase"),
-        _spectral(0, 3, 4, 4, 3, 3, "phase"),
-        _spectral(2, 20, 13, 11, 20, 20),
+        _spectral(1, 5, 3, 4, 2, 7, bias=1),
+        _spectral(2, 3, 4, 3, 3, 2, "phase", skip=1),
+        _spectral(0, 3, 4, 4, 3, 3, "phase", skip=1, bias=1),
+        _spectral(2, 20, 13, 11, 20, 20, skip=1, bias=1),
         _spectral(1, 20, 17, 23, 20, 20, "phase", 0.0),
         _spectral(2, 8, 24, 20, 11, 0, "phase"),
-        _spectral(1, 3, 96, 80, 3, 3, "phase"),
+        _spectral(1, 3, 96, 80, 3, 3, "phase", skip=1, bias=1),
         _spectral(1, 160, 7, 6, 160, 160),
-        _spectral(1, 160, 7, 6, 160, 160, "phase"),
+        _spectral(1, 160, 7, 6, 160, 160, "phase", skip=1, bias=1),
     ),
-    typical=_spectral(2, 5, 6, 9, 7, 5, "phase"),
+    typical=_spectral(2, 5, 6, 9, 7, 5, "phase", skip=1, bias=1),
     random_sizes=_random_amplitude_phase,
     benchmark_cases=tuple(
-        _spectral(2, c, s, s, c, c, mode)
+        _spectral(2, c, s, s, c, c, mode, skip=1, bias=1)
         for c, s in ((20, 256), (40, 128), (80, 64), (160, 32))
         for mode in ("amplitude", "phase")
     ),
     flops=_amplitude_phase_flops,
+    only_added=("output_bias",),
     casts_like_convolution=False,
     as_seen=_amplitude_phase_as_seen,
 )

@@ -12,7 +12,7 @@ from mitnet_fast.specs import AMPLITUDE_PHASE_CONV, SPECS, outputs_and_gradients
 
 LARGE, MIDDLE, SMALL = 2 * 256 * 256, 2 * 128 * 128, 2 * 16 * 16  # pixels of a batch
 FILTER = 180 * 20 + 2 * 180  # weight and bias of each sample, for 3×3 filters of 20 channels
-SPECTRAL = 3 * 20 * 20 + 2 * 20  # three weights and two biases
+SPECTRAL = 4 * 20 * 20 + 3 * 20  # two square weights and one over [X, Y], three biases
 BINS = 2 * 256 * 129
 PRODUCT = 2 * 33 * 33 * 24 * 2 * 64 * 64  # of all windows, 33² since they are shifted
 BY_HAND = {  # operator, benchmark case: elements that forward and backward move, operations of forward and backward
@@ -21,9 +21,9 @@ BY_HAND = {  # operator, benchmark case: elements that forward and backward move
         *(LARGE * 60 + FILTER, LARGE * 100 + 2 * FILTER),
         *(LARGE * 180 * (2 * 20 + 2), LARGE * 180 * (4 * 20 + 3)),
     ),
-    ("amplitude_phase_conv", 0): (  # 40 transforms with 2.5·log2(256²) operations a pixel, four products a bin
-        *(LARGE * 40 + SPECTRAL, LARGE * 60 + 2 * SPECTRAL),
-        *(LARGE * 40 * 40 + BINS * 4 * 800, LARGE * 40 * 40 + BINS * 8 * 800),
+    ("amplitude_phase_conv", 0): (  # 40 transforms with 2.5·log2(256²) operations a pixel, six products a bin
+        *(LARGE * 40 + SPECTRAL, LARGE * 60 + 2 * SPECTRAL - 20),  # output_bias is only added
+        *(LARGE * 40 * 40 + BINS * 4 * 1200, LARGE * 40 * 40 + BINS * 8 * 1200),
     ),
     ("window_attention", 0): (LARGE * 96 + 450, LARGE * 168 + 2 * 450, 2 * PRODUCT, 4 * PRODUCT),
     ("pointwise_mlp", 0): (  # bias2 is only added

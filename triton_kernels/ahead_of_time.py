@@ -140,11 +140,12 @@ def _predicted(
 def _amplitude_phase(channels: int, side: int, phase: bool, tf32: bool) -> tuple[Callable[[], object], str]:
     x = _map(channels, side, torch.float32, torch.contiguous_format)
     weight, bias = torch.empty(channels, channels, device="meta"), torch.empty(channels, device="meta")
-    arguments = x, weight, bias, weight, bias, weight, phase, 0.2, tf32
+    output_weight = torch.empty(channels, 2 * channels, device="meta")
+    arguments = x, weight, bias, weight, bias, output_weight, bias, phase, 0.2, tf32
 
     def call() -> None:
         amplitude_phase.amplitude_phase_conv_forward(*arguments)
-        amplitude_phase.amplitude_phase_conv_backward(x, *arguments, *[True] * 6)
+        amplitude_phase.amplitude_phase_conv_backward(x, *arguments, *[True] * 7)
 
     return call, f"C={channels} {'phase' if phase else 'amplitude'} {'tf32' if tf32 else 'float32'}"
 

@@ -1,17 +1,20 @@
 """Amplitude / phase convolution: two 1×1 convolutions on one polar half of the spectrum, forward and backward.
 
     X = rfft2(x) = A·exp(iP),   M(V) = weight2·leaky(weight1·V + bias1) + bias2
-    amplitude: Y = M(A)·X/A     phase: Y = A·exp(i·M(P))     y = irfft2(output_weight·Y)
+    amplitude: Y = M(A)·X/A     phase: Y = A·exp(i·M(P))
+    y = irfft2(output_weight·Y) + output_bias     or irfft2(output_weight·[X, Y]) + output_bias
 
 The transforms are PyTorch's, unscaled; everything between them is one kernel, 1/HW included. Half
 spectra are [B, C, H, W//2 + 1, 2] and contiguous; a tile is [channels, bins], with all channels. The
 self-conjugate columns, 0 and W/2 (even W), have tiles of their own: there Y(ky) and conj Y(−ky) are
-both computed and averaged, so that nothing depends on which half an inverse transform reads.
+both computed and averaged, so that nothing depends on which half an inverse transform reads. The bias
+is added to the mean of the image, bin (0, 0) over HW; its gradient is that bin of rfft2(grad).
 
 With u = X/A, v = exp(i·M(P)), Mᵀ the adjoint of M and G = output_weightᵀ·rfft2(grad)/HW:
 
     amplitude: g_a = Mᵀ(Re ūG), g_θ = M(A)·Im ūG    phase: g_a = Re v̄G, g_θ = Mᵀ(A·Im v̄G)
-    ∂x = irfft2 of u·(g_a + i·g_θ/A), made Hermitian where Y is, unscaled
+    ∂x = irfft2 of u·(g_a + i·g_θ/A), made Hermitian where Y is, unscaled; that of output_weight·[X, Y]
+    has the product of its left half with rfft2(grad)/HW too
 
 rfft2(grad) weighs interior columns of ∂Y twice; rfft2's adjoint halves them again, so that the factor
 is left in the gradients of the weights alone. Those are summed in float32 in a fixed order, in two
@@ -78,7 +81,7 @@ def _store_bins(pointer, real, imaginary, n, c, row, column, present, height, wi
 
 @triton.jit
 def _load_spectrum(pointer, n, c, row, column, present, edge, height, width, CHANNELS: tl.constexpr):
-    """X = A·u as (A, Re u, Im u, Re X, Im X) with A = 0, u = 1, X = 1 where |X| counts as zero.
+    """X = A·u as (A, Re u, Im u) with A = 0, u = 1 where |X| counts as zero.
 
     Bins that are real for every real image get an imaginary part of +0.
     """
@@ -148,6 +151,17 @@ def _matrix(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of a contiguous [ROWS, COLUMNS] matrix, zeros outside."""
     mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
     return tl.load(pointer + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _output_weight(
+    pointer, o, c, OF_X: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, SKIP: tl.constexpr
+):
+    """A tile of what output_weight [OUTPUTS, CHANNELS], with SKIP [OUTPUTS, 2·CHANNELS], has for Y or for X."""
+    columns: tl.constexpr = 2 * CHANNELS if SKIP else CHANNELS
+    first: tl.constexpr = CHANNELS if SKIP and not OF_X else 0
+    mask = (o < OUTPUTS)[:, None] & (c < CHANNELS)[None, :]
+    return tl.load(pointer + o[:, None] * columns + first + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -253,6 +267,7 @@ def _mapped(
 def _load_gradient(
     grad_ptr,
     output_weight_ptr,
+    OF_X: tl.constexpr,
     n,
     c,
     row,
@@ -263,19 +278,20 @@ def _load_gradient(
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     HAS_OUTPUT_WEIGHT: tl.constexpr,
+    SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Real and imaginary part of output_weightᵀ·rfft2(grad) [channels, bins]."""
+    """Real and imaginary part of output_weightᵀ·rfft2(grad) [channels, bins], of its half for Y or for X."""
     if HAS_OUTPUT_WEIGHT:
         real = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         imaginary = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for first in range(0, OUTPUTS, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             grad_real, grad_imaginary = _load_bins(grad_ptr, n, o, row, column, present, height, width, OUTPUTS)
-            weight = tl.trans(_matrix(output_weight_ptr, o, c, OUTPUTS, CHANNELS))
+            weight = tl.trans(_output_weight(output_weight_ptr, o, c, OF_X, CHANNELS, OUTPUTS, SKIP))
             real = tl.dot(weight, grad_real, real, input_precision=PRECISION)
             imaginary = tl.dot(weight, grad_imaginary, imaginary, input_precision=PRECISION)
     else:
@@ -291,6 +307,7 @@ def _forward_kernel(
     weight2_ptr,
     bias2_ptr,
     output_weight_ptr,
+    output_bias_ptr,
     result_ptr,
     height,
     width,
@@ -298,6 +315,8 @@ def _forward_kernel(
     HIDDEN: tl.constexpr,
     OUTPUTS: tl.constexpr,
     HAS_OUTPUT_WEIGHT: tl.constexpr,
+    HAS_OUTPUT_BIAS: tl.constexpr,
+    SKIP: tl.constexpr,
     PHASE: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -326,18 +345,35 @@ def _forward_kernel(
         )
         real += mapped_real
         imaginary += tl.where(mirrored == 1, -mapped_imaginary, mapped_imaginary)
+    if SKIP:
+        x_real = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        x_imaginary = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for mirrored in range(tl.where(edge, 2, 1)):
+            source = tl.where(mirrored == 1, (height - row) % height, row)
+            part_real, part_imaginary = _load_bins(
+                *(spectrum_ptr, n, c, source, column, present, height, width, CHANNELS)
+            )
+            x_real += part_real
+            x_imaginary += tl.where(mirrored == 1, -part_imaginary, part_imaginary)
     scale = tl.where(edge, 0.5, 1.0) / (height * width)
-    real *= scale
-    imaginary *= scale
     if HAS_OUTPUT_WEIGHT:
         for first in range(0, OUTPUTS, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
-            weight = _matrix(output_weight_ptr, o, c, OUTPUTS, CHANNELS)
+            weight = _output_weight(output_weight_ptr, o, c, False, CHANNELS, OUTPUTS, SKIP)
             product_real = tl.dot(weight, real, input_precision=PRECISION)
             product_imaginary = tl.dot(weight, imaginary, input_precision=PRECISION)
+            if SKIP:
+                weight = _output_weight(output_weight_ptr, o, c, True, CHANNELS, OUTPUTS, SKIP)
+                product_real = tl.dot(weight, x_real, product_real, input_precision=PRECISION)
+                product_imaginary = tl.dot(weight, x_imaginary, product_imaginary, input_precision=PRECISION)
+            product_real *= scale
+            product_imaginary *= scale
+            if HAS_OUTPUT_BIAS:
+                bias = tl.load(output_bias_ptr + o, mask=o < OUTPUTS, other=0.0)
+                product_real += tl.where((row + column == 0)[None, :], bias[:, None], 0.0)
             _store_bins(result_ptr, product_real, product_imaginary, n, o, row, column, present, height, width, OUTPUTS)
     else:
-        _store_bins(result_ptr, real, imaginary, n, c, row, column, present, height, width, CHANNELS)
+        _store_bins(result_ptr, real * scale, imaginary * scale, n, c, row, column, present, height, width, CHANNELS)
 
 
 @triton.jit
@@ -356,6 +392,7 @@ def _grad_spectrum_kernel(
     HIDDEN: tl.constexpr,
     OUTPUTS: tl.constexpr,
     HAS_OUTPUT_WEIGHT: tl.constexpr,
+    SKIP: tl.constexpr,
     PHASE: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -382,8 +419,8 @@ def _grad_spectrum_kernel(
             *(CHANNELS, HIDDEN, NEGATIVE_SLOPE, PRECISION, BLOCK_H),
         )
         grad_real, grad_imaginary = _load_gradient(
-            *(grad_ptr, output_weight_ptr, n, c, source, column, present, height, width),
-            *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
+            *(grad_ptr, output_weight_ptr, False, n, c, source, column, present, height, width),
+            *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, SKIP, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
         )
         if PHASE:
             turned_cosine, turned_sine = _cosine_and_sine(mapped)
@@ -403,9 +440,17 @@ def _grad_spectrum_kernel(
         is_zero = amplitude == 0
         radial = tl.where(is_zero, 0.0, radial)
         angular = tl.where(is_zero, 0.0, tl.div_rn(angular, tl.where(is_zero, 1.0, amplitude)))
-        real += cosine * radial - sine * angular
-        turned = sine * radial + cosine * angular
-        imaginary += tl.where(mirrored == 1, -turned, turned)
+        grad_x_real = cosine * radial - sine * angular
+        grad_x_imaginary = sine * radial + cosine * angular
+        if SKIP:
+            skip_real, skip_imaginary = _load_gradient(
+                *(grad_ptr, output_weight_ptr, True, n, c, source, column, present, height, width),
+                *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, SKIP, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
+            )
+            grad_x_real += skip_real
+            grad_x_imaginary += skip_imaginary
+        real += grad_x_real
+        imaginary += tl.where(mirrored == 1, -grad_x_imaginary, grad_x_imaginary)
     scale = tl.where(edge, 0.5, 1.0) / (height * width)
     _store_bins(
         *(grad_spectrum_ptr, real * scale, imaginary * scale, n, c, row, column, present, height, width, CHANNELS)
@@ -435,6 +480,7 @@ def _grad_map_kernel(
     HIDDEN: tl.constexpr,
     OUTPUTS: tl.constexpr,
     HAS_OUTPUT_WEIGHT: tl.constexpr,
+    SKIP: tl.constexpr,
     PHASE: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -469,8 +515,8 @@ def _grad_map_kernel(
                 spectrum_ptr, n, c, row, column, present, edge, height, width, CHANNELS
             )
             grad_real, grad_imaginary = _load_gradient(
-                *(grad_ptr, output_weight_ptr, n, c, row, column, present, height, width),
-                *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
+                *(grad_ptr, output_weight_ptr, False, n, c, row, column, present, height, width),
+                *(CHANNELS, OUTPUTS, HAS_OUTPUT_WEIGHT, SKIP, PRECISION, BLOCK_P, BLOCK_C, BLOCK_O),
             )
             if PHASE:
                 values = _arctangent2(sine, cosine)
@@ -523,6 +569,7 @@ def _grad_output_weight_kernel(
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    SKIP: tl.constexpr,
     PHASE: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -531,10 +578,10 @@ def _grad_output_weight_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """First stage of ∂output_weight = Σ Re(rfft2(grad)·Ȳ): sums over the bins of one program.
+    """First stage of ∂output_weight = Σ Re(rfft2(grad)·Ȳ), or of [X̄, Ȳ]: sums over the bins of one program.
 
     Grid: parts × output blocks, blocks fastest; parts as in :func:`_grad_map_kernel`. Writes
-    output_weight_sums [parts, OUTPUTS, CHANNELS].
+    output_weight_sums [parts, OUTPUTS, CHANNELS], or [parts, OUTPUTS, 2·CHANNELS] with SKIP.
     """
     blocks: tl.constexpr = (OUTPUTS + BLOCK_O - 1) // BLOCK_O
     part = (tl.program_id(0) // blocks).to(tl.int64)
@@ -544,6 +591,7 @@ def _grad_output_weight_kernel(
     first_tile = (part % splits).to(tl.int32) * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, _tiles(height, width, BLOCK_P))
     sums = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    x_sums = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     n = first_sample
     for _ in range(tl.minimum(samples, batch - first_sample)):
         for tile in range(first_tile, last_tile):
@@ -555,11 +603,21 @@ def _grad_output_weight_kernel(
             )
             scale = tl.where(edge, 1.0, 2.0) / (height * width)
             grad_real, grad_imaginary = _load_bins(grad_ptr, n, o, row, column, present, height, width, OUTPUTS)
-            sums = tl.dot(grad_real * scale, tl.trans(real), sums, input_precision=PRECISION)
-            sums = tl.dot(grad_imaginary * scale, tl.trans(imaginary), sums, input_precision=PRECISION)
+            grad_real *= scale
+            grad_imaginary *= scale
+            sums = tl.dot(grad_real, tl.trans(real), sums, input_precision=PRECISION)
+            sums = tl.dot(grad_imaginary, tl.trans(imaginary), sums, input_precision=PRECISION)
+            if SKIP:
+                real, imaginary = _load_bins(spectrum_ptr, n, c, row, column, present, height, width, CHANNELS)
+                x_sums = tl.dot(grad_real, tl.trans(real), x_sums, input_precision=PRECISION)
+                x_sums = tl.dot(grad_imaginary, tl.trans(imaginary), x_sums, input_precision=PRECISION)
         n += 1
-    offsets = part * OUTPUTS * CHANNELS + o[:, None] * CHANNELS + c[None, :]
-    tl.store(output_weight_sums_ptr + offsets, sums, mask=(o < OUTPUTS)[:, None] & (c < CHANNELS)[None, :])
+    columns: tl.constexpr = 2 * CHANNELS if SKIP else CHANNELS
+    mask = (o < OUTPUTS)[:, None] & (c < CHANNELS)[None, :]
+    offsets = (part * OUTPUTS + o[:, None]) * columns + c[None, :]
+    if SKIP:
+        tl.store(output_weight_sums_ptr + offsets, x_sums, mask=mask)
+    tl.store(output_weight_sums_ptr + offsets + (columns - CHANNELS), sums, mask=mask)
 
 
 def amplitude_phase_conv_forward(
@@ -569,13 +627,15 @@ def amplitude_phase_conv_forward(
     weight2: torch.Tensor,
     bias2: torch.Tensor,
     output_weight: torch.Tensor | None,
+    output_bias: torch.Tensor | None,
     phase: bool,
     negative_slope: float,
     tf32: bool,
 ) -> torch.Tensor:
     """y [B, Co, H, W] (C channels without output_weight) of x, weights [Ch, C] and [C, Ch] and their biases.
 
-    ``tf32`` lets the products with the weights run in TF32; the transforms never do.
+    output_weight is [Co, C] or [Co, 2C], output_bias [Co]. ``tf32`` lets the products with the weights run
+    in TF32; the transforms never do.
     """
     check_pixels("x", x)
     outputs = x.shape[1] if output_weight is None else output_weight.shape[0]
@@ -589,7 +649,9 @@ def amplitude_phase_conv_forward(
         _forward_kernel,
         x.shape[0] * call.tiles(blocks["BLOCK_P"]),
         *(spectrum, weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2.contiguous()),
-        *(None if output_weight is None else output_weight.contiguous(), result, *x.shape[2:]),
+        *(None if tensor is None else tensor.contiguous() for tensor in (output_weight, output_bias)),
+        *(result, *x.shape[2:]),
+        HAS_OUTPUT_BIAS=output_bias is not None,
         **call.constants,
         **blocks,
     )
@@ -604,6 +666,7 @@ def amplitude_phase_conv_backward(
     weight2: torch.Tensor,
     bias2: torch.Tensor,
     output_weight: torch.Tensor | None,
+    output_bias: torch.Tensor | None,
     phase: bool,
     negative_slope: float,
     tf32: bool,
@@ -613,15 +676,16 @@ def amplitude_phase_conv_backward(
     needs_weight2: bool,
     needs_bias2: bool,
     needs_output_weight: bool,
+    needs_output_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of x, weight1, bias1, weight2, bias2 and output_weight, None for one that is not needed."""
+    """Gradients of x, weights and biases in the order of the arguments, None for one that is not needed."""
     check_pixels("x", x)
     needs_map = needs_weight1, needs_bias1, needs_weight2, needs_bias2
     if x.numel() == 0:
-        tensors = zip((weight1, bias1, weight2, bias2), needs_map, strict=True)
-        grad_map = [torch.zeros_like(tensor) if needed else None for tensor, needed in tensors]
-        grad_output_weight = torch.zeros_like(output_weight) if needs_output_weight else None
-        return _like(torch.empty_like(x), x) if needs_x else None, *grad_map, grad_output_weight
+        weights = weight1, bias1, weight2, bias2, output_weight, output_bias
+        pairs = zip(weights, (*needs_map, needs_output_weight, needs_output_bias), strict=True)
+        zeros = (torch.zeros_like(tensor) if needed else None for tensor, needed in pairs)
+        return _like(torch.empty_like(x), x) if needs_x else None, *zeros
     call = _Call(x, weight1, output_weight, phase, negative_slope, tf32)
     spectrum, grad_result = _half_spectrum(x), _half_spectrum(grad)
     weights = [tensor.contiguous() for tensor in (weight1, bias1, weight2, bias2)]
@@ -668,7 +732,8 @@ def amplitude_phase_conv_backward(
             **blocks,
         )
         grad_output_weight = sums.sum(0)
-    return grad_x, *grad_map, grad_output_weight
+    grad_output_bias = grad_result[:, :, 0, 0, 0].sum(0) if needs_output_bias else None
+    return grad_x, *grad_map, grad_output_weight, grad_output_bias
 
 
 def amplitude_phase_conv_spectrum(x: torch.Tensor) -> torch.Tensor:
@@ -707,6 +772,7 @@ class _Call:
             "HIDDEN": self.sides["BLOCK_H"],
             "OUTPUTS": self.sides["BLOCK_O"],
             "HAS_OUTPUT_WEIGHT": output_weight is not None,
+            "SKIP": output_weight is not None and output_weight.shape[1] == 2 * x.shape[1],
             "PHASE": phase,
             "NEGATIVE_SLOPE": negative_slope,
             "PRECISION": "tf32" if tf32 else "ieee",

@@ -20,7 +20,13 @@ struct AmplitudePhaseCpuKernels {
   // Bytes of the sums, which are zero before the first sample.
   int64_t (*sums_bytes)(const AmplitudePhaseSampleBackward& call);
   // Adds up the groups in their order to the gradients of the weights.
-  void (*add_up)(const AmplitudePhaseSampleBackward& call);
+  void (*add_up)(const AmplitudePhaseSampleBackward& call, int threads);
+  // Copies an image [C, H, W] of any strides to planes in the memory of its half spectrum, the first HW numbers of each
+  // channel's, or back. An FFT library takes a few channels at a time, which in channels_last lie all over the memory.
+  void (*to_planes)(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
+                    int threads);
+  void (*from_planes)(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,
+                      int threads);
 };
 
 // Those for cpu_capability().

@@ -6,9 +6,12 @@
 // Backward, with Q = Re(ūG) or A·Im(v̄G), the gradient of the map's result, and c as amplitude_phase.h has it:
 //   grad_hidden  = weight2ᵀ·Q ⊙ LeakyReLU′(h)
 //   grad_weight2 = Q·LeakyReLU(h)ᵀ,  grad_weight1 = grad_hidden·inputᵀ  (input: A or P)
-//   grad_output_weight = Re(grad)·Re(Y)ᵀ + Im(grad)·Im(Y)ᵀ
+//   grad_output_weight = Re(grad)·Re(Y)ᵀ + Im(grad)·Im(Y)ᵀ, and of X in the place of Y for its other half
 
 #include "amplitude_phase/amplitude_phase_cpu.h"
+#include "common/pixels_cpu.h"
+#include "common/planes_cpu.h"
+#include "common/transpose_cpu.h"
 #include "common/workspace_cpu.h"
 
 namespace mitnet_fast {
@@ -23,7 +26,7 @@ constexpr int deep_product_vectors = many_registers ? 3 : 2;
 constexpr int deep_product_rows = many_registers ? 8 : 4;
 constexpr int64_t deep_product = 100;  // channels from which on a product is deep
 // Those of a product over bins: rows × rows.
-constexpr int sum_rows = many_registers ? 5 : 3;
+constexpr int sum_rows = many_registers ? 4 : 3;
 
 template <typename T>
 constexpr int64_t product_bins = product_vectors * Vec<T>::size();
@@ -153,10 +156,11 @@ struct Packed {
   // Element (i, k) is from[i·stride_i + k·stride_k].
   void fill(const void* from, int64_t stride_i, int64_t stride_k) const {
     const T* source = static_cast<const T*>(from);
-    for (int64_t i = 0; i < round_up(rows, block()); ++i)
+    T* next = weight;
+    for (int64_t first = 0; first < rows; first += block())
       for (int64_t k = 0; k < columns; ++k)
-        weight[(i / block() * columns + k) * block() + i % block()] =
-            i < rows ? source[i * stride_i + k * stride_k] : T(0);
+        for (int64_t i = first; i < first + block(); ++i)
+          *next++ = i < rows ? source[i * stride_i + k * stride_k] : T(0);
   }
 };
 
@@ -197,10 +201,10 @@ void multiply(const Packed<T>& matrix, const T* planes, int64_t pitch, int64_t b
   }
 }
 
-// sums[i, j] += Σ over all pairs of a and b of Σ_bins a[i, bin] · b[j, bin]
+// sums[i, j] += Σ over all pairs of a and b of Σ_bins a[i, bin] · b[j, bin]; rows of sums are `sums_pitch` apart.
 template <typename T, int pairs>
 void add_products(const T* const (&a)[pairs], int64_t rows, const T* const (&b)[pairs], int64_t columns, int64_t pitch,
-                  int64_t bins, T* sums) {
+                  int64_t bins, T* sums, int64_t sums_pitch) {
   constexpr int64_t lanes = Vec<T>::size();
   for (int64_t i = 0; i < rows; i += sum_rows) {
     for (int64_t j = 0; j < columns; j += sum_rows) {
@@ -221,9 +225,20 @@ void add_products(const T* const (&a)[pairs], int64_t rows, const T* const (&b)[
           }
         }
       }
-      UNROLLED_FOR(r, sum_rows) UNROLLED_FOR(s, sum_rows) {
-        if (i + r < rows && j + s < columns) sums[(i + r) * columns + j + s] += sum_of_lanes(sum[r][s]);
+      constexpr int squares = (sum_rows * sum_rows + lanes - 1) / lanes;
+      T total[squares * lanes];
+      UNROLLED_FOR(q, squares) {
+        Square<T> square;
+        UNROLLED_FOR(k, lanes) {
+          const int place = q * lanes + k;
+          square.put(k, place < sum_rows * sum_rows ? sum[place / sum_rows % sum_rows][place % sum_rows] : Vec<T>(0));
+        }
+        square.sum_lanes();
+        square.row(0).store(total + q * lanes);
       }
+      for (int64_t r = 0; r < smaller(sum_rows, rows - i); ++r)
+        for (int64_t s = 0; s < smaller(sum_rows, columns - j); ++s)
+          sums[(i + r) * sums_pitch + j + s] += total[r * sum_rows + s];
     }
   }
 }
@@ -260,9 +275,9 @@ struct MapStep {
     weight2.fill(map.weight2, hidden, 1);
   }
 
-  // Planes of A, Re u, Im u and, in phase mode, P of `bins` bins from `first` on.
+  // Planes of A, Re u, Im u and, where they are not null, of P, Re X and Im X of `bins` bins from `first` on.
   void load(const T* x, int64_t first, int64_t bins, int64_t padded, int64_t pitch, T* amplitude, T* cosine, T* sine,
-            T* phase) const {
+            T* phase, T* x_real, T* x_imaginary) const {
     for (int64_t c = 0; c < channels; ++c) {
       for_each_bin(x + 2 * (c * shape.bins() + first), bins, padded,
                    [&](int64_t t, const Vec<T>& real, const Vec<T>& imaginary) {
@@ -272,6 +287,8 @@ struct MapStep {
                      bin.cosine.store(cosine + place);
                      bin.sine.store(sine + place);
                      if (phase) bin.sine.atan2(bin.cosine).store(phase + place);
+                     if (x_real) real.store(x_real + place);
+                     if (x_imaginary) imaginary.store(x_imaginary + place);
                    });
     }
   }
@@ -301,31 +318,39 @@ struct Forward {
   const AmplitudePhaseShape& shape = call.shape;
   const int64_t channels = shape.channels, hidden = shape.hidden_channels, out = shape.out_channels;
   const bool projects = call.map.output_weight;
-  const Tiles<T> tiles{shape, (shape.phase ? 4 : 3) * channels + hidden + (projects ? 2 * out : 0)};
+  const int64_t inputs = shape.output_inputs();
+  // what the map works on has ended when the outputs come
+  const int64_t map_planes = (shape.phase ? 2 : 1) * channels + hidden;
+  const int64_t shared_planes = projects ? larger(map_planes, 2 * out) : map_planes;
+  const Tiles<T> tiles{shape, 2 * inputs + shared_planes};
   const int64_t tasks = tiles.count();
   MapStep<T> step{shape, call.map};
   Packed<T> output_weight;
 
+  // `real` and `imaginary` are those of X, with `skip`, and of Y, one after the other: what output_weight takes.
   struct Scratch {
-    T *amplitude, *real, *imaginary, *phase, *hidden, *out_real, *out_imaginary;
+    T *real, *imaginary, *y_real, *y_imaginary, *amplitude, *phase, *hidden, *out_real, *out_imaginary;
   };
 
   Scratch scratch(Arena& arena) const {
     const int64_t pitch = tiles.pitch;
     Scratch planes;
-    planes.amplitude = arena.take<T>(channels * pitch);
-    planes.real = arena.take<T>(channels * pitch);
-    planes.imaginary = arena.take<T>(channels * pitch);
-    planes.phase = shape.phase ? arena.take<T>(channels * pitch) : nullptr;
-    planes.hidden = arena.take<T>(hidden * pitch);
-    planes.out_real = projects ? arena.take<T>(out * pitch) : planes.real;
-    planes.out_imaginary = projects ? arena.take<T>(out * pitch) : planes.imaginary;
+    planes.real = arena.take<T>(inputs * pitch);
+    planes.imaginary = arena.take<T>(inputs * pitch);
+    planes.y_real = planes.real + (inputs - channels) * pitch;
+    planes.y_imaginary = planes.imaginary + (inputs - channels) * pitch;
+    T* const shared = arena.take<T>(shared_planes * pitch);
+    planes.hidden = shared;
+    planes.amplitude = shared + hidden * pitch;
+    planes.phase = shape.phase ? planes.amplitude + channels * pitch : nullptr;
+    planes.out_real = projects ? shared : planes.real;
+    planes.out_imaginary = projects ? shared + out * pitch : planes.imaginary;
     return planes;
   }
 
   void take_weights(Arena& arena) {
     step.take(arena);
-    if (projects) output_weight = Packed<T>(arena, out, channels);
+    if (projects) output_weight = Packed<T>(arena, out, inputs);
   }
 
   int64_t workspace_bytes(int threads) {
@@ -338,7 +363,7 @@ struct Forward {
     Arena arena(workspace);
     take_weights(arena);
     step.fill();
-    if (projects) output_weight.fill(call.map.output_weight, channels, 1);
+    if (projects) output_weight.fill(call.map.output_weight, inputs, 1);
     for_each_task(*this, arena.rest(), threads, [&](int64_t task, const Scratch& planes) {
       const int64_t first = task * tiles.tile_bins, bins = smaller(tiles.tile_bins, tiles.bins - first);
       run_tile(first, bins, planes);
@@ -347,9 +372,9 @@ struct Forward {
 
   void run_tile(int64_t first, int64_t bins, const Scratch& planes) const {
     const int64_t pitch = tiles.pitch, padded = round_up(bins, product_bins<T>);
-    const Vec<T> scale(T(1) / static_cast<T>(shape.height * shape.width));
-    step.load(static_cast<const T*>(call.x), first, bins, padded, pitch, planes.amplitude, planes.real,
-              planes.imaginary, planes.phase);
+    step.load(static_cast<const T*>(call.x), first, bins, padded, pitch, planes.amplitude, planes.y_real,
+              planes.y_imaginary, planes.phase, shape.skip ? planes.real : nullptr,
+              shape.skip ? planes.imaginary : nullptr);
     step.first_layer(shape.phase ? planes.phase : planes.amplitude, padded, pitch, planes.hidden, nullptr);
     if (shape.phase) {
       step.second_layer(planes.hidden, padded, pitch, [&](int64_t row, int64_t t, const Vec<T>& phase) {
@@ -359,28 +384,30 @@ struct Forward {
         for (int64_t place = c * pitch; place < c * pitch + padded; place += Vec<T>::size()) {
           Vec<T> sine, cosine;
           sine_and_cosine(Vec<T>::loadu(planes.phase + place), sine, cosine);
-          const Vec<T> amplitude = Vec<T>::loadu(planes.amplitude + place) * scale;
-          (amplitude * cosine).store(planes.real + place);
-          (amplitude * sine).store(planes.imaginary + place);
+          const Vec<T> amplitude = Vec<T>::loadu(planes.amplitude + place);
+          (amplitude * cosine).store(planes.y_real + place);
+          (amplitude * sine).store(planes.y_imaginary + place);
         }
       }
     } else {
-      step.second_layer(planes.hidden, padded, pitch, [&](int64_t row, int64_t t, const Vec<T>& value) {
+      step.second_layer(planes.hidden, padded, pitch, [&](int64_t row, int64_t t, const Vec<T>& amplitude) {
         const int64_t place = row * pitch + t;
-        const Vec<T> amplitude = value * scale;
-        (amplitude * Vec<T>::loadu(planes.real + place)).store(planes.real + place);
-        (amplitude * Vec<T>::loadu(planes.imaginary + place)).store(planes.imaginary + place);
+        (amplitude * Vec<T>::loadu(planes.y_real + place)).store(planes.y_real + place);
+        (amplitude * Vec<T>::loadu(planes.y_imaginary + place)).store(planes.y_imaginary + place);
       });
     }
     if (projects) {
       project(planes.real, padded, planes.out_real);
       project(planes.imaginary, padded, planes.out_imaginary);
     }
+    const Vec<T> scale(T(1) / static_cast<T>(shape.height * shape.width));
     for (int64_t o = 0; o < out; ++o) {
-      store_bins(static_cast<T*>(call.y) + 2 * (o * tiles.bins + first), bins, [&](int64_t t) {
-        return std::pair(Vec<T>::loadu(planes.out_real + o * pitch + t),
-                         Vec<T>::loadu(planes.out_imaginary + o * pitch + t));
+      T* const y = static_cast<T*>(call.y) + 2 * (o * tiles.bins + first);
+      store_bins(y, bins, [&](int64_t t) {
+        return std::pair(Vec<T>::loadu(planes.out_real + o * pitch + t) * scale,
+                         Vec<T>::loadu(planes.out_imaginary + o * pitch + t) * scale);
       });
+      if (call.map.output_bias && first == 0) *y += static_cast<const T*>(call.map.output_bias)[o];
     }
   }
 
@@ -393,7 +420,7 @@ struct Forward {
 // The gradients of the weights in one group's sums, one after the other.
 template <typename T>
 struct WeightSums {
-  int64_t weight1, bias1, weight2, bias2, output_weight, size;  // places
+  int64_t weight1, bias1, weight2, bias2, output_weight, output_bias, size;  // places
 
   explicit WeightSums(const AmplitudePhaseShape& shape) {
     const int64_t matrix = shape.hidden_channels * shape.channels;
@@ -402,7 +429,8 @@ struct WeightSums {
     weight2 = bias1 + shape.hidden_channels;
     bias2 = weight2 + matrix;
     output_weight = bias2 + shape.channels;
-    size = output_weight + shape.out_channels * shape.channels;
+    output_bias = output_weight + shape.out_channels * shape.output_inputs();
+    size = output_bias + shape.out_channels;
   }
 };
 
@@ -413,11 +441,14 @@ struct Backward {
   const AmplitudePhaseShape& shape = call.shape;
   const int64_t channels = shape.channels, hidden = shape.hidden_channels, out = shape.out_channels;
   const bool projects = call.map.output_weight;
+  const T* const output_weight = static_cast<const T*>(call.map.output_weight);
+  const int64_t first_of_y = shape.output_inputs() - channels;  // column of output_weight
   const Tiles<T> tiles{shape, (shape.phase ? 8 : 7) * channels + 3 * hidden + (projects ? 2 * out : 0)};
   const int64_t tasks = groups(tiles);
   const WeightSums<T> places{shape};
   MapStep<T> step{shape, call.map};
-  Packed<T> weight1_transposed, weight2_transposed, output_weight_transposed;
+  Packed<T> weight1_transposed, weight2_transposed;
+  Packed<T> output_weight_transposed, skip_weight_transposed;  // of Y and of X
   // By bin from column 0 on, over a tile that begins in any column: c/HW and 1/c.
   T *grad_scale = nullptr, *grad_x_scale = nullptr;
 
@@ -455,6 +486,7 @@ struct Backward {
     weight1_transposed = Packed<T>(arena, channels, hidden);
     weight2_transposed = Packed<T>(arena, hidden, channels);
     if (projects) output_weight_transposed = Packed<T>(arena, channels, out);
+    if (shape.skip) skip_weight_transposed = Packed<T>(arena, channels, out);
     grad_scale = arena.take<T>(shape.columns() + tiles.pitch);
     grad_x_scale = arena.take<T>(shape.columns() + tiles.pitch);
   }
@@ -463,7 +495,8 @@ struct Backward {
     step.fill();
     weight1_transposed.fill(call.map.weight1, 1, channels);
     weight2_transposed.fill(call.map.weight2, 1, hidden);
-    if (projects) output_weight_transposed.fill(call.map.output_weight, 1, channels);
+    if (projects) output_weight_transposed.fill(output_weight + first_of_y, 1, shape.output_inputs());
+    if (shape.skip) skip_weight_transposed.fill(output_weight, 1, shape.output_inputs());
     for (int64_t i = 0; i < shape.columns() + tiles.pitch; ++i) {
       const T counted = 2 * (i % shape.columns()) % shape.width == 0 ? T(1) : T(2);
       grad_scale[i] = counted / static_cast<T>(shape.height * shape.width);
@@ -492,21 +525,26 @@ struct Backward {
   void run_tile(int64_t first, int64_t bins, const Scratch& planes, T* own_sums) const {
     const int64_t pitch = tiles.pitch, padded = round_up(bins, product_bins<T>);
     const T* const input = shape.phase ? planes.phase : planes.amplitude;
+    const bool keeps_x = shape.skip && call.grad_output_weight;
     step.load(static_cast<const T*>(call.x), first, bins, padded, pitch, planes.amplitude, planes.cosine, planes.sine,
-              planes.phase);
+              planes.phase, keeps_x ? planes.real : nullptr, keeps_x ? planes.imaginary : nullptr);
     load_grad(first, bins, padded, planes);
+    if (call.grad_output_bias && first == 0) {
+      const T* const grad = static_cast<const T*>(call.grad);
+      for (int64_t o = 0; o < out; ++o) own_sums[places.output_bias + o] += grad[2 * o * tiles.bins];
+    }
+    if (keeps_x) add_output_products(padded, planes, own_sums + places.output_weight);
+    if (projects) project(output_weight_transposed, padded, planes);
     step.first_layer(input, padded, pitch, planes.hidden, planes.slopes);
     // the map's result goes to grad_map, and is replaced there
     step.second_layer(planes.hidden, padded, pitch, [&](int64_t row, int64_t t, const Vec<T>& value) {
       value.store(planes.grad_map + row * pitch + t);
     });
     shape.phase ? from_phase(padded, planes) : from_amplitude(padded, planes);
-    if (call.grad_output_weight)
-      add_products<T, 2>({planes.out_real, planes.out_imaginary}, out, {planes.real, planes.imaginary}, channels, pitch,
-                         padded, own_sums + places.output_weight);
+    if (call.grad_output_weight) add_output_products(padded, planes, own_sums + places.output_weight + first_of_y);
     if (call.grad_weight2)
-      add_products<T, 1>({planes.grad_map}, channels, {planes.hidden}, hidden, pitch, padded,
-                         own_sums + places.weight2);
+      add_products<T, 1>({planes.grad_map}, channels, {planes.hidden}, hidden, pitch, padded, own_sums + places.weight2,
+                         hidden);
     if (call.grad_bias2) add_rows(planes.grad_map, channels, pitch, padded, own_sums + places.bias2);
     if (call.grad_weight1 || call.grad_bias1 || call.grad_x) {
       multiply(weight2_transposed, planes.grad_map, pitch, padded, [&](int64_t row, int64_t t, const Vec<T>& sum) {
@@ -515,12 +553,14 @@ struct Backward {
       });
     }
     if (call.grad_weight1)
-      add_products<T, 1>({planes.grad_hidden}, hidden, {input}, channels, pitch, padded, own_sums + places.weight1);
+      add_products<T, 1>({planes.grad_hidden}, hidden, {input}, channels, pitch, padded, own_sums + places.weight1,
+                         channels);
     if (call.grad_bias1) add_rows(planes.grad_hidden, hidden, pitch, padded, own_sums + places.bias1);
+    if (shape.skip && call.grad_x) project(skip_weight_transposed, padded, planes);
     if (call.grad_x) store_grad_x(first, bins, padded, planes);
   }
 
-  // G = c/HW · output_weightᵀ · grad
+  // c/HW · grad
   void load_grad(int64_t first, int64_t bins, int64_t padded, const Scratch& planes) const {
     const int64_t pitch = tiles.pitch;
     const T* const scale = grad_scale + first % shape.columns();
@@ -532,15 +572,22 @@ struct Backward {
                      (imaginary * factor).store(planes.out_imaginary + o * pitch + t);
                    });
     }
-    if (projects) {
-      project(planes.out_real, padded, planes.real);
-      project(planes.out_imaginary, padded, planes.imaginary);
-    }
   }
 
-  void project(const T* part, int64_t padded, T* projected) const {
-    multiply(output_weight_transposed, part, tiles.pitch, padded,
-             [&](int64_t row, int64_t t, const Vec<T>& sum) { sum.store(projected + row * tiles.pitch + t); });
+  // The product with c/HW · grad to real, imaginary: G, or ∂X of the product with X.
+  void project(const Packed<T>& matrix, int64_t padded, const Scratch& planes) const {
+    const int64_t pitch = tiles.pitch;
+    const auto to = [=](T* projected) {
+      return [=](int64_t row, int64_t t, const Vec<T>& sum) { sum.store(projected + row * pitch + t); };
+    };
+    multiply(matrix, planes.out_real, pitch, padded, to(planes.real));
+    multiply(matrix, planes.out_imaginary, pitch, padded, to(planes.imaginary));
+  }
+
+  // The gradient of the half of output_weight that takes what lies in real, imaginary.
+  void add_output_products(int64_t padded, const Scratch& planes, T* half) const {
+    add_products<T, 2>({planes.out_real, planes.out_imaginary}, out, {planes.real, planes.imaginary}, channels,
+                       tiles.pitch, padded, half, shape.output_inputs());
   }
 
   // From M(A) in grad_map and G in real, imaginary: Q in grad_map, M(A)·Im(ūG) in grad_other, Y in real, imaginary.
@@ -576,7 +623,8 @@ struct Backward {
       for (int64_t t = 0; t < padded; t += Vec<T>::size()) function(c * tiles.pitch + t);
   }
 
-  // u·(g_a + i·g_θ/A)/c, where one of g_a and g_θ is weight1ᵀ·grad_hidden, which goes to grad_map
+  // u·(g_a + i·g_θ/A)/c, where one of g_a and g_θ is weight1ᵀ·grad_hidden, which goes to grad_map; with `skip` what
+  // lies in real, imaginary is added, over c
   void store_grad_x(int64_t first, int64_t bins, int64_t padded, const Scratch& planes) const {
     const int64_t pitch = tiles.pitch;
     multiply(weight1_transposed, planes.grad_hidden, pitch, padded,
@@ -592,27 +640,27 @@ struct Backward {
         const Vec<T> radial = Vec<T>::loadu(grad_amplitude + place) * factor;
         const Vec<T> angular = Vec<T>::loadu(grad_angle + place) * factor / amplitude;
         const Vec<T> cosine = Vec<T>::loadu(planes.cosine + place), sine = Vec<T>::loadu(planes.sine + place);
-        return std::pair(Vec<T>::blendv(cosine * radial - sine * angular, Vec<T>(0), is_zero),
-                         Vec<T>::blendv(sine * radial + cosine * angular, Vec<T>(0), is_zero));
+        Vec<T> real = Vec<T>::blendv(cosine * radial - sine * angular, Vec<T>(0), is_zero);
+        Vec<T> imaginary = Vec<T>::blendv(sine * radial + cosine * angular, Vec<T>(0), is_zero);
+        if (shape.skip) {
+          real = at::vec::fmadd(Vec<T>::loadu(planes.real + place), factor, real);
+          imaginary = at::vec::fmadd(Vec<T>::loadu(planes.imaginary + place), factor, imaginary);
+        }
+        return std::pair(real, imaginary);
       });
     }
   }
 
-  void add_up() const {
-    add_up(places.weight1, places.bias1, call.grad_weight1);
-    add_up(places.bias1, places.weight2, call.grad_bias1);
-    add_up(places.weight2, places.bias2, call.grad_weight2);
-    add_up(places.bias2, places.output_weight, call.grad_bias2);
-    add_up(places.output_weight, places.size, call.grad_output_weight);
-  }
-
-  void add_up(int64_t begin, int64_t end, void* gradient) const {
-    if (!gradient) return;
-    for (int64_t place = begin; place < end; ++place) {
-      double sum = 0;
-      for (int64_t group = 0; group < tasks; ++group) sum += sums[group * places.size + place];
-      static_cast<T*>(gradient)[place - begin] = static_cast<T>(sum);
-    }
+  void add_up_groups(int threads) const {
+    const int64_t inputs = shape.output_inputs();
+    add_up<T>(sums, places.size, 0, tasks,
+              {{call.grad_weight1, places.weight1, hidden, channels, channels},
+               {call.grad_bias1, places.bias1, 1, hidden, hidden},
+               {call.grad_weight2, places.weight2, channels, hidden, hidden},
+               {call.grad_bias2, places.bias2, 1, channels, channels},
+               {call.grad_output_weight, places.output_weight, out, inputs, inputs},
+               {call.grad_output_bias, places.output_bias, 1, out, out}},
+              threads);
   }
 };
 
@@ -647,9 +695,47 @@ int64_t sums_bytes(const AmplitudePhaseSampleBackward& sample) {
                                                       : bytes(backward_of<float>(sample));
 }
 
-void add_up(const AmplitudePhaseSampleBackward& sample) {
-  sample.call.shape.dtype == DataType::float64 ? backward_of<double>(sample).add_up()
-                                               : backward_of<float>(sample).add_up();
+void add_up_groups(const AmplitudePhaseSampleBackward& sample, int threads) {
+  sample.call.shape.dtype == DataType::float64 ? backward_of<double>(sample).add_up_groups(threads)
+                                               : backward_of<float>(sample).add_up_groups(threads);
+}
+
+// Calls copy(rows' first, rows) for bands of an image.
+template <typename Copy>
+void for_each_band(const AmplitudePhaseShape& shape, int threads, Copy copy) {
+  const int64_t rows = divide_up(shape.height, enough_tasks);
+  parallel_tasks(divide_up(shape.height, rows), threads,
+                 [&](int64_t band, int) { copy(band * rows, smaller(rows, shape.height - band * rows)); });
+}
+
+template <typename T>
+void to_planes(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
+               int threads) {
+  for_each_band(shape, threads, [&](int64_t row, int64_t rows) {
+    copy_to_planes<T>(image, 0, 0, channels, row, rows, 0, shape.width, static_cast<T*>(spectrum) + row * shape.width,
+                      2 * shape.bins(), shape.width);
+  });
+}
+
+template <typename T>
+void from_planes(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,
+                 int threads) {
+  for_each_band(shape, threads, [&](int64_t row, int64_t rows) {
+    copy_from_planes<T>(static_cast<const T*>(spectrum) + row * shape.width, 2 * shape.bins(), shape.width, image, 0, 0,
+                        channels, row, rows, 0, shape.width);
+  });
+}
+
+void launch_to_planes(const AmplitudePhaseShape& shape, const ConstMapView& image, int64_t channels, void* spectrum,
+                      int threads) {
+  shape.dtype == DataType::float64 ? to_planes<double>(shape, image, channels, spectrum, threads)
+                                   : to_planes<float>(shape, image, channels, spectrum, threads);
+}
+
+void launch_from_planes(const AmplitudePhaseShape& shape, const void* spectrum, int64_t channels, const MapView& image,
+                        int threads) {
+  shape.dtype == DataType::float64 ? from_planes<double>(shape, spectrum, channels, image, threads)
+                                   : from_planes<float>(shape, spectrum, channels, image, threads);
 }
 
 }  // namespace
@@ -659,7 +745,9 @@ const AmplitudePhaseCpuKernels amplitude_phase_kernels = {
     {&forward_workspace_bytes, &launch_forward},
     {&backward_workspace_bytes, &launch_backward},
     &sums_bytes,
-    &add_up,
+    &add_up_groups,
+    &launch_to_planes,
+    &launch_from_planes,
 };
 
 }  // namespace CPU_CAPABILITY

@@ -200,12 +200,22 @@ __global__ void __launch_bounds__(spectral_threads, 2)
   } else {
     const Plane real = planes.take(outputs, bins), imaginary = planes.take(outputs, bins);
     const int log2_bins = log2_of(bins);
+    const bool skip = map.skip_weight.data;
     for (int bin = 0; bin < height; bin += bins) {
-      map_tile<phase, tf32>(map, z.real.from(bin), z.imaginary.from(bin), values, hidden, bins);
-      multiply<tf32, 2>(map.output_weight, {z.real.from(bin), z.imaginary.from(bin)}, bins,
+      const Plane part_real = z.real.from(bin), part_imaginary = z.imaginary.from(bin);
+      if (skip) {  // before Y takes the place of X
+        multiply<tf32, 2>(map.skip_weight, {part_real, part_imaginary}, bins,
+                          [&](int o, int p, const float (&sums)[2]) {
+                            real.at(o, p) = sums[0];
+                            imaginary.at(o, p) = sums[1];
+                          });
+        __syncthreads();
+      }
+      map_tile<phase, tf32>(map, part_real, part_imaginary, values, hidden, bins);
+      multiply<tf32, 2>(map.output_weight, {part_real, part_imaginary}, bins,
                         [&](int o, int p, const float (&sums)[2]) {
-                          real.at(o, p) = sums[0];
-                          imaginary.at(o, p) = sums[1];
+                          real.at(o, p) = skip ? real.at(o, p) + sums[0] : sums[0];
+                          imaginary.at(o, p) = skip ? imaginary.at(o, p) + sums[1] : sums[1];
                         });
       __syncthreads();
       for (int i = threadIdx.x; i < outputs * bins; i += spectral_threads) {
@@ -214,6 +224,12 @@ __global__ void __launch_bounds__(spectral_threads, 2)
       }
       __syncthreads();
     }
+  }
+  if (map.output_bias && column == 0) {  // frequency 0 lies in front
+    for (int o = threadIdx.x; o < outputs; o += spectral_threads) {
+      z.real.at(o, 0) += map.output_bias[o] * static_cast<float>(height * size.width());
+    }
+    __syncthreads();
   }
   store_column(y + index * outputs * height, outputs, size, edge, table, scale_of(size), z);
 }
@@ -260,6 +276,7 @@ __global__ void __launch_bounds__(spectral_threads, 1)
     const bool edge = column == 0 || column == size.width() / 2;
     load_column(x + i * channels * height, channels, size, edge, table, z);
     load_column(grad + i * outputs * height, outputs, size, edge, table, g);
+    if (sums.output_bias) accumulate_bias(g.real, outputs, column == 0, sums.output_bias, i == begin);
     for (int bin = 0; bin < height; bin += bins) {
       at.real = z.real.from(bin);
       at.imaginary = z.imaginary.from(bin);

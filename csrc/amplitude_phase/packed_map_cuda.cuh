@@ -33,6 +33,7 @@ class Workspace {
 
 struct PackJob {
   const float* matrix;  // [rows, inner], or [inner, rows] of which the transpose is packed
+  int pitch;            // from row to row of it
   float* packed;
   int rows;
   int inner;
@@ -40,7 +41,7 @@ struct PackJob {
 };
 
 struct PackJobs {
-  PackJob job[6];
+  PackJob job[8];
   bool tf32;
 };
 
@@ -57,8 +58,8 @@ static __global__ void __launch_bounds__(pack_threads) pack_kernel(const PackJob
   const int inner = tile % steps * 8 + lane % 4 + element / 2 * 4;
   float value = 0;
   if (row < job.rows && inner < job.inner) {
-    value = job.transposed ? job.matrix[static_cast<int64_t>(inner) * job.rows + row]
-                           : job.matrix[static_cast<int64_t>(row) * job.inner + inner];
+    value = job.transposed ? job.matrix[static_cast<int64_t>(inner) * job.pitch + row]
+                           : job.matrix[static_cast<int64_t>(row) * job.pitch + inner];
   }
   job.packed[i] = jobs.tf32 ? __uint_as_float(round_to_tf32(value)) : value;
 }
@@ -72,24 +73,33 @@ inline PackedMap pack(const AmplitudePhaseShape& shape, const SpectralMap& map, 
   PackJobs jobs{{}, shape.tf32};
   int count = 0;
   int64_t largest = 0;
-  const auto add = [&](const void* matrix, int rows, int inner, bool transposed) -> PackedMatrix {
+  const auto add_part = [&](const float* matrix, int pitch, int rows, int inner, bool transposed) -> PackedMatrix {
     const int64_t size = packed_size(rows, inner);
     float* packed = workspace.floats(size);
-    jobs.job[count++] = {static_cast<const float*>(matrix), packed, rows, inner, transposed};
+    jobs.job[count++] = {matrix, pitch, packed, rows, inner, transposed};
     largest = std::max(largest, size);
     return {packed, rows, inner};
   };
+  const auto add = [&](const void* matrix, int rows, int inner, bool transposed) {
+    return add_part(static_cast<const float*>(matrix), transposed ? rows : inner, rows, inner, transposed);
+  };
+  const int output_inputs = static_cast<int>(shape.output_inputs());
+  const float* const of_x = static_cast<const float*>(map.output_weight);
+  const float* const of_y = map.output_weight ? of_x + output_inputs - channels : nullptr;
   PackedMap packed{};
   packed.weight1 = add(map.weight1, hidden, channels, false);
   packed.weight2 = add(map.weight2, channels, hidden, false);
-  if (map.output_weight) packed.output_weight = add(map.output_weight, outputs, channels, false);
+  if (map.output_weight) packed.output_weight = add_part(of_y, output_inputs, outputs, channels, false);
+  if (shape.skip) packed.skip_weight = add_part(of_x, output_inputs, outputs, channels, false);
   if (backward) {
     packed.weight1_transposed = add(map.weight1, channels, hidden, true);
     packed.weight2_transposed = add(map.weight2, hidden, channels, true);
-    if (map.output_weight) packed.output_weight_transposed = add(map.output_weight, channels, outputs, true);
+    if (map.output_weight) packed.output_weight_transposed = add_part(of_y, output_inputs, channels, outputs, true);
+    if (shape.skip) packed.skip_weight_transposed = add_part(of_x, output_inputs, channels, outputs, true);
   }
   packed.bias1 = static_cast<const float*>(map.bias1);
   packed.bias2 = static_cast<const float*>(map.bias2);
+  packed.output_bias = static_cast<const float*>(map.output_bias);
   packed.negative_slope = static_cast<float>(shape.negative_slope);
   if (launch_it) {
     const dim3 grid(static_cast<unsigned>(blocks_of(largest, pack_threads)), static_cast<unsigned>(count));
@@ -101,14 +111,18 @@ inline PackedMap pack(const AmplitudePhaseShape& shape, const SpectralMap& map, 
 // Sums of the weight gradients: a part of all tiles is summed by one block, then the parts in their order.
 struct PartialSums {
   WeightSums first;  // of part 0
-  int64_t weight1_size, bias1_size, weight2_size, bias2_size, output_weight_size;
+  int64_t weight1_size, bias1_size, weight2_size, bias2_size, output_weight_size, output_bias_size;
   int64_t parts;
   int64_t tiles_per_part;
 
   __device__ WeightSums of(int64_t part) const {
     const auto at = [part](float* sums, int64_t size) { return sums ? sums + part * size : nullptr; };
-    return {at(first.weight1, weight1_size), at(first.bias1, bias1_size), at(first.weight2, weight2_size),
-            at(first.bias2, bias2_size), at(first.output_weight, output_weight_size)};
+    return {at(first.weight1, weight1_size),
+            at(first.bias1, bias1_size),
+            at(first.weight2, weight2_size),
+            at(first.bias2, bias2_size),
+            at(first.output_weight, output_weight_size),
+            at(first.output_bias, output_bias_size)};
   }
 };
 
@@ -119,17 +133,21 @@ inline PartialSums partial_sums(const AmplitudePhaseBackward& call, int64_t tile
   sums.weight1_size = sums.weight2_size = shape.hidden_channels * shape.channels;
   sums.bias1_size = shape.hidden_channels;
   sums.bias2_size = shape.channels;
-  sums.output_weight_size = shape.out_channels * shape.channels;
-  const int64_t floats_of_part = 3 * std::max<int64_t>(sums.weight1_size, sums.output_weight_size);
+  sums.output_weight_size = shape.out_channels * shape.output_inputs();
+  sums.output_bias_size = shape.out_channels;
+  const int64_t floats_of_part = 2 * sums.weight1_size + sums.output_weight_size;
   const int64_t wanted = std::max<int64_t>(1, std::min(parts_wanted, floats_at_most / floats_of_part));
   sums.tiles_per_part = std::max<int64_t>(1, blocks_of(tiles, wanted));
   sums.parts = blocks_of(tiles, sums.tiles_per_part);
   const auto take = [&](const void* gradient, int64_t size) {
     return gradient ? workspace.floats(sums.parts * size) : nullptr;
   };
-  sums.first = {take(call.grad_weight1, sums.weight1_size), take(call.grad_bias1, sums.bias1_size),
-                take(call.grad_weight2, sums.weight2_size), take(call.grad_bias2, sums.bias2_size),
-                take(call.grad_output_weight, sums.output_weight_size)};
+  sums.first = {take(call.grad_weight1, sums.weight1_size),
+                take(call.grad_bias1, sums.bias1_size),
+                take(call.grad_weight2, sums.weight2_size),
+                take(call.grad_bias2, sums.bias2_size),
+                take(call.grad_output_weight, sums.output_weight_size),
+                take(call.grad_output_bias, sums.output_bias_size)};
   return sums;
 }
 
@@ -142,7 +160,7 @@ inline void add_up(const AmplitudePhaseBackward& call, const PartialSums& sums, 
   sum_rows(job(sums.first.bias1, call.grad_bias1, sums.bias1_size),
            job(sums.first.bias2, call.grad_bias2, sums.bias2_size), stream);
   sum_rows(job(sums.first.output_weight, call.grad_output_weight, sums.output_weight_size),
-           RowSums<float>{nullptr, nullptr, 0, 0, 0, 1, 1}, stream);
+           job(sums.first.output_bias, call.grad_output_bias, sums.output_bias_size), stream);
 }
 
 // Bins that a block works on at a time, and the dynamic shared memory this takes.

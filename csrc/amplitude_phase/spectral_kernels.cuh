@@ -112,8 +112,10 @@ __device__ __forceinline__ void make_hermitian(const BinTable& table, int channe
 // Bins of a tile of the forward.
 inline SharedBins bins_of_forward(const AmplitudePhaseShape& shape) {
   const int channels = static_cast<int>(shape.channels), hidden = static_cast<int>(shape.hidden_channels);
-  return bins_that_fit(shared_bytes_everywhere - sizeof(BinTable), bins_of_tile_at_most,
-                       [&](int bins) { return 3 * plane_size(channels, bins) + plane_size(hidden, bins); });
+  const int outputs = static_cast<int>(shape.out_channels);
+  return bins_that_fit(shared_bytes_everywhere - sizeof(BinTable), bins_of_tile_at_most, [&](int bins) {
+    return 3 * plane_size(channels, bins) + plane_size(hidden, bins) + (shape.skip ? 2 : 0) * plane_size(outputs, bins);
+  });
 }
 
 // Grid: samples × tiles, tiles fastest.
@@ -132,24 +134,40 @@ __global__ void __launch_bounds__(spectral_threads, 2)
   const Plane real{shared, pitch}, imaginary{real.data + plane_size(channels, bins), pitch};
   const Plane values{imaginary.data + plane_size(channels, bins), pitch};
   const Plane hidden{values.data + plane_size(channels, bins), pitch};
+  const bool skip = map.skip_weight.data;
+  const int outputs = map.output_weight.rows;
+  const Plane skip_real{hidden.data + plane_size(hidden_channels, bins), pitch};
+  const Plane skip_imaginary{skip_real.data + plane_size(outputs, bins), pitch};
   load_tile(x + n * channels * size, size, table, channels, bins, real, imaginary);
   zero_padding(real, channels, bins);
   zero_padding(imaginary, channels, bins);
   zero_padding(values, channels, bins);
   zero_padding(hidden, hidden_channels, bins);
   __syncthreads();
+  if (skip) {  // before Y takes the place of X
+    multiply<tf32, 2>(map.skip_weight, {real, imaginary}, bins, [&](int o, int p, const float (&product)[2]) {
+      skip_real.at(o, p) = product[0];
+      skip_imaginary.at(o, p) = product[1];
+    });
+    __syncthreads();
+  }
   map_tile<phase, tf32>(map, real, imaginary, values, hidden, bins);
   if (edge) make_hermitian(table, channels, bins, real, imaginary);
+  if (edge && skip) make_hermitian(table, outputs, bins, skip_real, skip_imaginary);
 
   const float scale = 1 / (static_cast<float>(tiles.height) * static_cast<float>(tiles.width));
   if (!map.output_weight.data) {
     store_tile(y + n * channels * size, size, table, channels, bins, scale, real, imaginary);
     return;
   }
-  y += n * map.output_weight.rows * size;
+  y += n * outputs * size;
   multiply<tf32, 2>(map.output_weight, {real, imaginary}, bins, [&](int o, int p, const float (&product)[2]) {
     const int offset = table.offset[p];
-    if (offset >= 0) y[o * size + offset] = {scale * product[0], scale * product[1]};
+    if (offset < 0) return;
+    const float2 sum = skip ? float2{product[0] + skip_real.at(o, p), product[1] + skip_imaginary.at(o, p)}
+                            : float2{product[0], product[1]};
+    const float bias = map.output_bias && offset == 0 ? map.output_bias[o] : 0.0f;
+    y[o * size + offset] = {fmaf(scale, sum.x, bias), scale * sum.y};
   });
 }
 
@@ -206,6 +224,9 @@ __global__ void __launch_bounds__(spectral_threads, 2)
     load_tile(x + n * channels * size, size, table, channels, bins, at.real, at.imaginary);
     load_tile(grad + n * outputs * size, size, table, outputs, bins, at.grad_real, at.grad_imaginary);
     __syncthreads();
+    if (sums.output_bias) {
+      accumulate_bias(at.grad_real, outputs, i % tiles.tiles() == 0, sums.output_bias, i == begin);
+    }
     backward_tile<phase, tf32>(map, at, bins, scale, edge ? 1.0f : 2.0f, sums, i == begin);
     if (grad_x) {
       if (edge) make_hermitian(table, channels, bins, at.real, at.imaginary);

@@ -53,12 +53,15 @@ __host__ __device__ constexpr int64_t packed_size(int rows, int inner) {
 struct PackedMap {
   PackedMatrix weight1;             // [Ch, C]
   PackedMatrix weight2;             // [C, Ch]
-  PackedMatrix output_weight;       // [Co, C]
+  PackedMatrix output_weight;       // [Co, C], of Y
+  PackedMatrix skip_weight;         // [Co, C], of X
   PackedMatrix weight1_transposed;  // and so on
   PackedMatrix weight2_transposed;
   PackedMatrix output_weight_transposed;
+  PackedMatrix skip_weight_transposed;
   const float* bias1;
   const float* bias2;
+  const float* output_bias;
   float negative_slope;
 };
 
@@ -133,10 +136,12 @@ __device__ __forceinline__ void multiply(const PackedMatrix& a, const Plane (&v)
   }
 }
 
-// sums[row][column] (+)= factor · Σ over bins and planes of D[row][bin] · V[column][bin].
+// sums[row][column] (+)= factor · Σ over bins and planes of D[row][bin] · V[column][bin]; rows of sums are `pitch`
+// apart.
 template <bool tf32, int count>
 __device__ __forceinline__ void accumulate_products(const Plane (&d)[count], int rows, const Plane (&v)[count],
-                                                    int columns, int bins, float factor, float* sums, bool first) {
+                                                    int columns, int bins, float factor, float* sums, int pitch,
+                                                    bool first) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int row_tiles = (rows + 15) / 16;
   const int tasks = row_tiles * ((columns + 15) / 16);
@@ -183,7 +188,7 @@ __device__ __forceinline__ void accumulate_products(const Plane (&d)[count], int
       for (int e = 0; e < 4; ++e) {
         const int row = first_row + g + e / 2 * 8, column = first_column + n * 8 + 2 * t + e % 2;
         if (row >= rows || column >= columns) continue;
-        float& total = sums[static_cast<int64_t>(row) * columns + column];
+        float& total = sums[static_cast<int64_t>(row) * pitch + column];
         total = first ? factor * sum[n][e] : fmaf(factor, sum[n][e], total);
       }
     }
@@ -288,6 +293,7 @@ struct WeightSums {
   float* weight2;
   float* bias2;
   float* output_weight;
+  float* output_bias;
 };
 
 // Of a tile in the backward. Those of `grad` have Co channels and are those of `y` where there is no output_weight;
@@ -300,11 +306,27 @@ struct BackwardPlanes {
   Plane hidden, grad_hidden;
 };
 
+// sums[o] (+)= the gradient of output_bias: bin (0, 0) of that of y, the first of a tile that has it.
+__device__ __forceinline__ void accumulate_bias(const Plane& grad_real, int outputs, bool has_bin, float* sums,
+                                                bool first) {
+  for (int o = threadIdx.x; o < outputs; o += spectral_threads) {
+    const float value = has_bin ? grad_real.at(o, 0) : 0.0f;
+    sums[o] = first ? value : sums[o] + value;
+  }
+}
+
 // ∂X / c where X was, 1/HW = `scale` folded in, and c = `weight` times the gradients of the weights added to the sums.
 template <bool phase, bool tf32>
 __device__ __forceinline__ void backward_tile(const PackedMap& map, const BackwardPlanes& at, int bins, float scale,
                                               float weight, const WeightSums& sums, bool first) {
   const int channels = map.weight1.inner, hidden_channels = map.weight1.rows, log2_bins = log2_of(bins);
+  const bool skip = map.skip_weight.data;
+  const int output_inputs = skip ? 2 * channels : channels;
+  if (skip && sums.output_weight) {
+    accumulate_products<tf32, 2>({at.grad_real, at.grad_imaginary}, map.output_weight.rows, {at.real, at.imaginary},
+                                 channels, bins, scale * weight, sums.output_weight, output_inputs, first);
+    __syncthreads();
+  }
 #pragma unroll 1  // a loop is long, and two turns at a time have no registers
   for (int i = threadIdx.x; i < channels * bins; i += spectral_threads) {
     const int c = i >> log2_bins, p = i & (bins - 1);
@@ -335,7 +357,8 @@ __device__ __forceinline__ void backward_tile(const PackedMap& map, const Backwa
   __syncthreads();
   if (sums.output_weight) {
     accumulate_products<tf32, 2>({at.grad_real, at.grad_imaginary}, map.output_weight.rows, {at.y_real, at.y_imaginary},
-                                 channels, bins, scale * weight, sums.output_weight, first);
+                                 channels, bins, scale * weight, sums.output_weight + output_inputs - channels,
+                                 output_inputs, first);
     __syncthreads();
   }
   if (map.output_weight.data) {
@@ -363,11 +386,11 @@ __device__ __forceinline__ void backward_tile(const PackedMap& map, const Backwa
   __syncthreads();
   if (sums.weight1) {
     accumulate_products<tf32, 1>({at.grad_hidden}, hidden_channels, {at.values}, channels, bins, weight, sums.weight1,
-                                 first);
+                                 channels, first);
   }
   if (sums.weight2) {
     accumulate_products<tf32, 1>({grad_mapped}, channels, {at.hidden}, hidden_channels, bins, weight, sums.weight2,
-                                 first);
+                                 hidden_channels, first);
   }
   if (sums.bias1) accumulate_rows(at.grad_hidden, hidden_channels, bins, weight, sums.bias1, first);
   if (sums.bias2) accumulate_rows(grad_mapped, channels, bins, weight, sums.bias2, first);
@@ -380,6 +403,14 @@ __device__ __forceinline__ void backward_tile(const PackedMap& map, const Backwa
     at.imaginary.at(c, p) = amplitude > 0 ? sine * radial + cosine * turned : 0;
   });
   __syncthreads();
+  if (skip) {
+    multiply<tf32, 2>(map.skip_weight_transposed, {at.grad_real, at.grad_imaginary}, bins,
+                      [&](int c, int p, const float (&product)[2]) {
+                        at.real.at(c, p) = fmaf(scale, product[0], at.real.at(c, p));
+                        at.imaginary.at(c, p) = fmaf(scale, product[1], at.imaginary.at(c, p));
+                      });
+    __syncthreads();
+  }
 }
 
 }  // namespace mitnet_fast

@@ -38,6 +38,17 @@ struct Square {
     if constexpr (width > 1) transpose<width / 2>();
   }
 
+  // Row 0 gets the sums of the rows' lanes: lane i that of row i. The steps are those of transpose(), and after each
+  // the rows that swapped are added.
+  template <int width = side / 2>
+  ALWAYS_INLINE void sum_lanes() {
+    UNROLLED_FOR(i, width) {
+      swap_lanes<width>(rows[i], rows[i + width], std::make_integer_sequence<int, side>());
+      rows[i] += rows[i + width];
+    }
+    if constexpr (width > 1) sum_lanes<width / 2>();
+  }
+
   template <int width, int... lane>
   static ALWAYS_INLINE void swap_lanes(Lanes& a, Lanes& b, std::integer_sequence<int, lane...>) {
     const Lanes before = a;

@@ -5,15 +5,14 @@
     y   = irfft2(M(A)·exp(iP))  (amplitude)   or   irfft2(A·exp(i·M(P)))  (phase)
     out = conv1×1([s, y]) (+ conv3×3(encoder features) + conv3×3(decoder features))
 
-The 1×1 convolution over [s, y] is a sum of two products, and the one with y commutes with the
-inverse transform: the block computes ``W_s·s + irfft2(W_y·Y)`` and concatenates nothing.
+The 1×1 convolution over [s, y] commutes with the transform: it is ``irfft2(W·[X, Y]) + b``, where Y is the
+spectrum of y, and part of the operator that computes Y: nothing is concatenated, s is not read again.
 Maps are [B, C, H, W].
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..ops import amplitude_phase_conv
@@ -115,9 +114,8 @@ class AmplitudePhaseBlock(nn.Module):
         return out if self.downsample is None else (out, self.downsample(out))
 
     def _fuse(self, s: torch.Tensor) -> torch.Tensor:
-        """conv1×1 of [s, spectral branch of s], without the concatenation."""
-        spatial_weight, spectral_weight = self.fusion.weight.chunk(2, dim=1)
-        spectral = amplitude_phase_conv(
+        """conv1×1 of [s, spectral branch of s]."""
+        return amplitude_phase_conv(
             s,
             self.spectral_in.weight.flatten(1),
             self.spectral_in.bias,
@@ -125,9 +123,9 @@ class AmplitudePhaseBlock(nn.Module):
             self.spectral_out.bias,
             mode=self.mode,
             negative_slope=self.negative_slope,
-            output_weight=spectral_weight.flatten(1),
+            output_weight=self.fusion.weight.flatten(1),
+            output_bias=self.fusion.bias,
         )
-        return F.conv2d(s, spatial_weight, self.fusion.bias) + spectral
 
     def _check_features(self, x: torch.Tensor, **features: torch.Tensor | None) -> None:
         for name, value in features.items():

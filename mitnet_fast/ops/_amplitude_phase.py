@@ -50,14 +50,17 @@ def amplitude_phase_conv(
     mode: str = "amplitude",
     negative_slope: float = 0.2,
     output_weight: torch.Tensor | None = None,
+    output_bias: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Pass the amplitude or the phase of a feature map's spectrum through two 1×1 convolutions.
 
     With X = rfft2(x) = A·exp(iP) and M = conv1×1 → LeakyReLU → conv1×1 over channels, the result is
-    ``irfft2(output_weight · Y)``, Y = M(A)·exp(iP) in amplitude and A·exp(i·M(P)) in phase mode.
-    Bins that are real for every real image keep an imaginary part of +0, and an amplitude below
-    1e-30 (float64: 1e-290) counts as zero: phase 0, no gradient to x.
+    ``irfft2(output_weight · Y) + output_bias``, Y = M(A)·exp(iP) in amplitude and A·exp(i·M(P)) in
+    phase mode. With 2C columns ``output_weight`` is that of a convolution over [x, irfft2(Y)]: it is
+    applied to [X, Y], which costs no pass over a map. Bins that are real for every real image keep an
+    imaginary part of +0, and an amplitude below 1e-30 (float64: 1e-290) counts as zero: phase 0, no
+    gradient to x through A and P.
 
     Args:
         x: [B, C, H, W], any size from 1×1. Half precision is computed in float32.
@@ -67,8 +70,9 @@ def amplitude_phase_conv(
         bias2: [C].
         mode: "amplitude" or "phase".
         negative_slope: of the LeakyReLU.
-        output_weight: [Co, C], applied to Y before the inverse transform (it commutes with it), or
-            None for Y itself.
+        output_weight: [Co, C], applied to Y before the inverse transform (it commutes with it),
+            [Co, 2C], applied to [X, Y], or None for Y itself.
+        output_bias: [Co], added to the result, or None; only with ``output_weight``.
         backend: see :mod:`mitnet_fast.ops`.
 
     Returns:
@@ -76,7 +80,8 @@ def amplitude_phase_conv(
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
-        ValueError: shapes, devices or the mode do not fit, or the backend does not exist.
+        ValueError: shapes, devices or the mode do not fit, ``output_bias`` comes without
+            ``output_weight``, or the backend does not exist.
         BackendError: the backend asked for cannot run this call.
 
     Source: MITNet (arXiv 2308.06998), residual amplitude / phase block.
@@ -98,8 +103,17 @@ def amplitude_phase_conv(
         check_tensor(name, tensor, meaning)
         check_shape(name, tensor, shape, meaning)
     if output_weight is not None:
-        check_tensor("output_weight", output_weight, "[Co, C]")
-        check_shape("output_weight", output_weight, (output_weight.shape[0], channels), "[Co, C]")
+        check_tensor("output_weight", output_weight, "[Co, C]", "[Co, 2C]")
+        if output_weight.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"output_weight: expected shape [Co, C] or [Co, 2C] with C = {channels}, "
+                f"got {list(output_weight.shape)}"
+            )
+    if output_bias is not None:
+        if output_weight is None:
+            raise ValueError("output_bias: taken only with output_weight")
+        check_tensor("output_bias", output_bias, "[Co]")
+        check_shape("output_bias", output_bias, (output_weight.shape[0],), "[Co]")
     tensors = {
         "x": x,
         "weight1": weight1,
@@ -107,6 +121,7 @@ def amplitude_phase_conv(
         "weight2": weight2,
         "bias2": bias2,
         "output_weight": output_weight,
+        "output_bias": output_bias,
     }
     check_one_device(**tensors)
     if autocast_dtype(x) is None:
@@ -116,7 +131,9 @@ def amplitude_phase_conv(
     if chosen != "reference":
         return torch.ops.mitnet_fast.amplitude_phase_conv(*wide, mode, negative_slope, chosen).to(x.dtype)
     with without_autocast(x):
-        y = reference.amplitude_phase_conv(*wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5])
+        y = reference.amplitude_phase_conv(
+            *wide[:5], mode=mode, negative_slope=negative_slope, output_weight=wide[5], output_bias=wide[6]
+        )
     return y.to(x.dtype)
 
 
@@ -140,27 +157,33 @@ def launchers(backend: str) -> ModuleType:
     return EXTENSION if backend == "cpp" else triton_kernels("amplitude_phase")
 
 
-def _forward(x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, backend):
-    weights = (weight1, bias1, weight2, bias2, output_weight)
+def _forward(x, weight1, bias1, weight2, bias2, output_weight, output_bias, mode, negative_slope, backend):
+    weights = (weight1, bias1, weight2, bias2, output_weight, output_bias)
     launch = launchers(backend).amplitude_phase_conv_forward
     return launch(x, *weights, mode == "phase", negative_slope, convolution_tf32(x))
 
 
-def _forward_fake(x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, backend):
+def _forward_fake(x, weight1, bias1, weight2, bias2, output_weight, output_bias, mode, negative_slope, backend):
     channels = x.shape[1] if output_weight is None else output_weight.shape[0]
     return torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
-def _backward(grad, x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, needs, backend):
-    weights = (weight1, bias1, weight2, bias2, output_weight)
+def _backward(
+    grad, x, weight1, bias1, weight2, bias2, output_weight, output_bias, mode, negative_slope, needs, backend
+):
+    weights = (weight1, bias1, weight2, bias2, output_weight, output_bias)
     launch = launchers(backend).amplitude_phase_conv_backward
     grads = launch(grad, x, *weights, mode == "phase", negative_slope, convolution_tf32(x), *needs)
     return tuple(or_empty(gradient, x) for gradient in grads)
 
 
-def _backward_fake(grad, x, weight1, bias1, weight2, bias2, output_weight, mode, negative_slope, needs, backend):
-    tensors = (x, weight1, bias1, weight2, bias2, x if output_weight is None else output_weight)
-    return tuple(empty_for(tensor, needed) for tensor, needed in zip(tensors, needs, strict=True))
+def _backward_fake(
+    grad, x, weight1, bias1, weight2, bias2, output_weight, output_bias, mode, negative_slope, needs, backend
+):
+    tensors = (x, weight1, bias1, weight2, bias2, output_weight, output_bias)
+    return tuple(
+        empty_for(x if tensor is None else tensor, needed) for tensor, needed in zip(tensors, needs, strict=True)
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -169,7 +192,7 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, grad):
-    needs = ctx.needs_input_grad[:6]
+    needs = ctx.needs_input_grad[:7]
     grads = torch.ops.mitnet_fast.amplitude_phase_conv_backward(
         grad, *ctx.saved_tensors, ctx.mode, ctx.negative_slope, needs, ctx.backend
     )
@@ -178,14 +201,14 @@ def _gradients(ctx, grad):
 
 define(
     "amplitude_phase_conv(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
-    " Tensor? output_weight, str mode, float negative_slope, str backend) -> Tensor",
+    " Tensor? output_weight, Tensor? output_bias, str mode, float negative_slope, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 define(
     "amplitude_phase_conv_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2,"
-    " Tensor? output_weight, str mode, float negative_slope, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? output_weight, Tensor? output_bias, str mode, float negative_slope, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -2,7 +2,7 @@
 
     X = rfft2(x) = A·exp(iP),   M = conv1×1 → LeakyReLU → conv1×1
     amplitude mode: Y = M(A)·exp(iP)        phase mode: Y = A·exp(i·M(P))
-    y = irfft2(output_weight · Y)
+    y = irfft2(output_weight · Y) + output_bias        or irfft2(output_weight · [X, Y]) + output_bias
 
 Spectra are unnormalised ("backward") half spectra [B, C, H, W//2 + 1]. Three conventions make the
 result the same on every library:
@@ -11,8 +11,8 @@ result the same on every library:
   their phase is 0 or +π and never flips between the two.
 - Columns 0 and W/2 (even W) of Y are made Hermitian before the inverse transform, whose result
   would otherwise depend on which half of them a library reads.
-- |X| below 1e-30 (float64: 1e-290) counts as X = 0: the phase is 0, exp(iP) is 1, and no gradient
-  reaches X there.
+- |X| below 1e-30 (float64: 1e-290) counts as X = 0 in A and P: the phase is 0, exp(iP) is 1, and no
+  gradient reaches X through them. output_weight, which is linear, takes X as it is.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def amplitude_phase_conv(
     mode: str,
     negative_slope: float,
     output_weight: torch.Tensor | None,
+    output_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """See :func:`mitnet_fast.ops.amplitude_phase_conv`."""
     return amplitude_phase_conv_of_spectrum(
@@ -65,6 +66,7 @@ def amplitude_phase_conv(
         mode=mode,
         negative_slope=negative_slope,
         output_weight=output_weight,
+        output_bias=output_bias,
     )
 
 
@@ -80,19 +82,23 @@ def amplitude_phase_conv_of_spectrum(
     mode: str,
     negative_slope: float,
     output_weight: torch.Tensor | None,
+    output_bias: torch.Tensor | None,
     first_layer: Callable[..., torch.Tensor] | None = None,
+    smallest: float | None = None,
 ) -> torch.Tensor:
     """The same from the parts of the half spectrum [B, C, H, W//2 + 1] of an image of ``size`` (H, W).
 
-    ``first_layer`` replaces :func:`convolution_and_leaky_relu`.
+    ``first_layer`` replaces :func:`convolution_and_leaky_relu`, ``smallest`` the amplitude from which on one does
+    not count as zero.
     """
+    parts = real, imaginary
 
     def spectral_map(values: torch.Tensor) -> torch.Tensor:
         layer = first_layer or convolution_and_leaky_relu
         hidden = layer(values, weight1[:, :, None, None], bias1, negative_slope)
         return F.conv2d(hidden, weight2[:, :, None, None], bias2)
 
-    amplitude, cosine, sine = polar(real, imaginary)
+    amplitude, cosine, sine = polar(*parts, smallest)
     if mode == "amplitude":
         amplitude = spectral_map(amplitude)
         real, imaginary = amplitude * cosine, amplitude * sine
@@ -100,9 +106,12 @@ def amplitude_phase_conv_of_spectrum(
         phase = spectral_map(torch.atan2(sine, cosine))
         real, imaginary = amplitude * torch.cos(phase), amplitude * torch.sin(phase)
     if output_weight is not None:
+        if output_weight.shape[1] != real.shape[1]:
+            real, imaginary = (torch.cat(pair, 1) for pair in zip(parts, (real, imaginary), strict=True))
         kernel = output_weight[:, :, None, None]
         real, imaginary = F.conv2d(real, kernel), F.conv2d(imaginary, kernel)
-    return _inverse(real, imaginary, size)
+    y = _inverse(real, imaginary, size)
+    return y if output_bias is None else y + output_bias[:, None, None]
 
 
 def convolution_and_leaky_relu(
@@ -124,9 +133,11 @@ def spectrum_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return spectrum.real, torch.where(real_bin, 0.0, spectrum.imag)
 
 
-def polar(real: torch.Tensor, imaginary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def polar(
+    real: torch.Tensor, imaginary: torch.Tensor, smallest: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """|X| and the real and imaginary part of X/|X|, neither overflowing nor underflowing in between."""
-    is_zero = torch.hypot(real, imaginary) < SMALLEST_AMPLITUDE[real.dtype]
+    is_zero = torch.hypot(real, imaginary) < (smallest or SMALLEST_AMPLITUDE[real.dtype])
     real, imaginary = torch.where(is_zero, 1.0, real), torch.where(is_zero, 0.0, imaginary)
     amplitude = torch.hypot(real, imaginary)
     return torch.where(is_zero, 0.0, amplitude), real / amplitude, imaginary / amplitude

@@ -23,9 +23,11 @@ UNITS = (
     CSRC / "amplitude_phase" / "amplitude_phase_cuda.cu",
     CSRC / "amplitude_phase" / "amplitude_phase_images_cuda.cu",
 )
-NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "output_weight")
+NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "output_weight", "output_bias")
 ORDERS = [pytest.param(order, id=order.name.lower()) for order in Order]
 MODES = pytest.mark.parametrize("phase", [False, True], ids=["amplitude", "phase"])
+# output_weight over [X, Y] and a bias
+FUSED = {"skip": 1, "bias": 1}
 
 
 @pytest.fixture(scope="module")
@@ -73,37 +75,48 @@ class Tf32:
 class Call:
     """One call: batch, C, Ch, Co (0: no output_weight), height, width; inputs, and what float64 makes of them."""
 
-    def __init__(self, *sizes: int, phase: bool, tf32: bool = False, slope: float = 0.2, images: bool = False) -> None:
+    def __init__(
+        self,
+        *sizes: int,
+        phase: bool,
+        tf32: bool = False,
+        slope: float = 0.2,
+        images: bool = False,
+        skip: int = 0,
+        bias: int = 0,
+    ) -> None:
         self.sizes, self.phase, self.tf32, self.slope, self.images = sizes, phase, tf32, slope, images
+        self.skip = skip
         batch, channels, hidden, out, height, width = sizes
         generator = torch.Generator().manual_seed(0)
         shapes = [(batch, channels, height, width), (hidden, channels), (hidden,), (channels, hidden), (channels,)]
-        shapes += [(out, channels)] if out else []
-        self.inputs = [torch.randn(shape, generator=generator) for shape in shapes] + ([] if out else [None])
+        shapes += [(out, (1 + skip) * channels) if out else None, (out,) if bias else None]
+        self.inputs = [None if shape is None else torch.randn(shape, generator=generator) for shape in shapes]
         self.grad = torch.randn(batch, out or channels, height, width, generator=generator)
         self.seen = reference.half_spectrum(self.inputs[0])
 
     @property
     def c_sizes(self) -> np.ndarray:
         batch, channels, hidden, out, height, width = self.sizes
-        return np.array([batch, channels, hidden, out or channels, height, width, self.phase, self.tf32], np.int64)
+        sizes = [batch, channels, hidden, out or channels, height, width, self.phase, self.tf32, self.skip]
+        return np.array(sizes, np.int64)
 
     def formula(self, dtype: torch.dtype, absolute: bool = False) -> dict[str, torch.Tensor]:
         """Result and gradients in plain PyTorch, from the spectrum that the kernels see; or of absolute values."""
         change = (lambda t: t.to(dtype).abs()) if absolute else (lambda t: t.to(dtype, copy=True))
         leaves = [None if t is None else change(t).requires_grad_() for t in self.inputs]
-        x, *weights, output_weight = leaves
+        x, *weights, output_weight, output_bias = leaves
         own = reference.half_spectrum(x)
         parts = [part.detach().requires_grad_() for part in (own if absolute else change(self.seen)).unbind(-1)]
         mode = "phase" if self.phase else "amplitude"
+        output = {"output_weight": output_weight, "output_bias": output_bias}
         y = formulas.amplitude_phase_conv_of_spectrum(
-            *parts, *weights, size=x.shape[-2:], mode=mode, negative_slope=self.slope, output_weight=output_weight
+            *parts, *weights, size=x.shape[-2:], mode=mode, negative_slope=self.slope, **output
         )
-        wanted = [leaf for leaf in leaves[1:] if leaf is not None]
-        grad_parts = torch.autograd.grad(y, [*parts, *wanted], change(self.grad))
+        wanted = {name: leaf for name, leaf in zip(NAMES[1:], leaves[1:], strict=True) if leaf is not None}
+        grad_parts = torch.autograd.grad(y, [*parts, *wanted.values()], change(self.grad))
         (grad_x,) = torch.autograd.grad(own, x, torch.stack(grad_parts[:2], -1))
-        results = dict(zip(NAMES, [grad_x, *grad_parts[2:]], strict=False))
-        return {"y": y.detach()} | results
+        return {"y": y.detach(), "x": grad_x} | dict(zip(wanted, grad_parts[2:], strict=True))
 
     def run(self, kernels: HostKernels, order: Order = Order.FORWARD) -> dict[str, torch.Tensor]:
         """The same by the kernels; transforms that are not theirs in float64."""
@@ -162,19 +175,25 @@ def check(call: Call, actual: dict[str, torch.Tensor]) -> list[float]:
 
 @MODES
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "form"),
     [
-        (1, 1, 1, 0, 1, 1),
-        (1, 2, 3, 0, 1, 2),
-        (2, 3, 2, 4, 4, 1),
-        (2, 3, 9, 0, 5, 7),
-        (1, 20, 20, 20, 6, 8),
-        (1, 9, 4, 17, 7, 6),
+        ((1, 1, 1, 0, 1, 1), {}),
+        ((1, 1, 1, 2, 1, 1), FUSED),
+        ((1, 2, 3, 0, 1, 2), {}),
+        ((2, 3, 2, 4, 4, 1), {}),
+        ((2, 3, 2, 4, 4, 1), FUSED),
+        ((2, 3, 9, 0, 5, 7), {}),
+        ((2, 3, 9, 2, 5, 7), {"skip": 1}),
+        ((1, 20, 20, 20, 6, 8), {"bias": 1}),
+        ((1, 20, 20, 20, 6, 8), FUSED),
+        ((1, 9, 4, 17, 7, 6), FUSED),
     ],
     ids=str,
 )
-def test_results_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], phase: bool) -> None:
-    call = Call(*sizes, phase=phase)
+def test_results_equal_the_truth(
+    kernels: HostKernels, sizes: tuple[int, ...], form: dict[str, int], phase: bool
+) -> None:
+    call = Call(*sizes, phase=phase, **form)
     check(call, call.run(kernels))
 
 
@@ -185,7 +204,7 @@ def test_results_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], p
 def test_every_order_of_threads_gives_the_same_bits(
     plain: HostKernels, images: bool, phase: bool, tf32: bool, order: Order
 ) -> None:
-    call = Call(2, 5, 11, 3, 8, 16 if images else 10, phase=phase, tf32=tf32, slope=0.01, images=images)
+    call = Call(2, 5, 11, 3, 8, 16 if images else 10, phase=phase, tf32=tf32, slope=0.01, images=images, **FUSED)
     if images:
         call.seen = image_spectrum(plain, call)
     first = call.run(plain)
@@ -198,7 +217,7 @@ def work(chosen: Case) -> int:
     """About what the emulation of ``chosen`` costs: products at all bins."""
     sizes = chosen.sizes
     bins = sizes["batch"] * sizes["height"] * (sizes["width"] // 2 + 1)
-    return bins * sizes["channels"] * (2 * sizes["hidden"] + sizes["out"])
+    return bins * sizes["channels"] * (2 * sizes["hidden"] + (1 + sizes["skip"]) * sizes["out"])
 
 
 def sweep(kernels: HostKernels, cases: int, most_work: int) -> None:
@@ -208,6 +227,7 @@ def sweep(kernels: HostKernels, cases: int, most_work: int) -> None:
     for one in itertools.islice((one for one in chosen if 0 < work(one) <= most_work), cases):
         sizes = [one.sizes[name] for name in ("batch", "channels", "hidden", "out", "height", "width")]
         options = {"phase": one.options["mode"] == "phase", "slope": one.options["negative_slope"]}
+        options |= {name: one.sizes[name] for name in FUSED}
         call = Call(*sizes, **options)
         ratios += check(call, call.run(kernels, Order.RANDOM))
         has_images = np.array([-1])
@@ -231,7 +251,7 @@ def test_many_random_cases_equal_the_truth(plain: HostKernels) -> None:
 
 
 def test_many_channels_take_fewer_bins(plain: HostKernels) -> None:
-    call = Call(1, 160, 160, 160, 4, 6, phase=True)
+    call = Call(1, 160, 160, 160, 4, 6, phase=True, **FUSED)
     check(call, call.run(plain))
 
 
@@ -250,7 +270,7 @@ def test_more_channels_than_shared_memory_holds_are_refused(plain: HostKernels, 
 
 @pytest.mark.exhaustive
 def test_as_many_channels_as_shared_memory_holds(plain: HostKernels) -> None:
-    call = Call(1, 256, 256, 256, 2, 2, phase=True)
+    call = Call(1, 256, 256, 256, 2, 2, phase=True, **FUSED)
     check(call, call.run(plain))
 
 
@@ -276,18 +296,22 @@ def test_own_transforms_are_as_exact_as_a_library(kernels: HostKernels, sizes: t
 
 @MODES
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "form"),
     [
-        (2, 3, 2, 0, 8, 8),
-        (1, 9, 5, 17, 16, 8),
-        (1, 20, 20, 20, 8, 16),
-        (1, 2, 3, 4, 32, 16),
-        pytest.param((1, 3, 3, 3, 64, 64), marks=pytest.mark.exhaustive),
+        ((2, 3, 2, 0, 8, 8), {}),
+        ((1, 9, 5, 17, 16, 8), {}),
+        ((2, 9, 5, 17, 16, 8), FUSED),
+        ((1, 20, 20, 20, 8, 16), FUSED),
+        ((1, 2, 3, 4, 32, 16), {"bias": 1}),
+        ((1, 2, 3, 4, 32, 16), {"skip": 1}),
+        pytest.param((1, 3, 3, 3, 64, 64), FUSED, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
-def test_images_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], phase: bool) -> None:
-    call = Call(*sizes, phase=phase, images=True)
+def test_images_equal_the_truth(
+    kernels: HostKernels, sizes: tuple[int, ...], form: dict[str, int], phase: bool
+) -> None:
+    call = Call(*sizes, phase=phase, images=True, **form)
     call.seen = image_spectrum(kernels, call)
     check(call, call.run(kernels))
 
@@ -308,7 +332,7 @@ def test_images_equal_the_truth(kernels: HostKernels, sizes: tuple[int, ...], ph
 def test_images_of_which_a_column_fits_on_chip(plain: HostKernels, sizes: tuple[int, ...], expected: bool) -> None:
     for phase in (0, 1):
         result = np.array([-1])
-        plain("has_images", np.array([*sizes, phase, 0], np.int64), result)
+        plain("has_images", np.array([*sizes, phase, 0, 1], np.int64), result)
         assert result[0] == expected
 
 
@@ -320,5 +344,5 @@ def test_the_level_of_every_size_is_data() -> None:
     with HostKernels(*UNITS, replace={"amplitude_phase/transforms_preferred.h": [(only, without)]}) as kernels:
         for height, width in ((32, 64), (64, 32), (32, 32)):
             results[height, width] = np.array([-1])
-            kernels("has_images", np.array([1, 3, 3, 3, height, width, 0, 0], np.int64), results[height, width])
+            kernels("has_images", np.array([1, 3, 3, 3, height, width, 0, 0, 0], np.int64), results[height, width])
     assert [result[0] for result in results.values()] == [0, 1, 1]

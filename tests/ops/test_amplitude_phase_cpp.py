@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mitnet_fast import _C, ops, reference
+from mitnet_fast import _C, reference
 from mitnet_fast.specs import AMPLITUDE_PHASE_CONV as SPEC
 from mitnet_fast.specs import Case, allowed_error, compare, expectations, outputs_and_gradients, relative_error
 from mitnet_fast.verify import poisoned_memory
@@ -18,21 +18,22 @@ from tests.ops.memory import highest_held
 from tests.ops.test_dynamic_filter_cpp import same_bits
 
 
-def case_of(batch, channels, height, width, hidden, out, mode, slope=0.2):
+def case_of(batch, channels, height, width, hidden, out, mode, slope=0.2, *, skip=0, bias=0):
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "hidden": hidden, "out": out}
-    return Case(sizes, {"mode": mode, "negative_slope": slope})
+    return Case(sizes | {"skip": skip, "bias": bias}, {"mode": mode, "negative_slope": slope})
 
 
 # Several tiles, whole and cut off; widths and heights that are even, odd, prime, and where FFT libraries leave
-# noise in real bins; every relation between the channel counts; slopes of any sign.
+# noise in real bins; every relation between the channel counts; slopes of any sign; every form of output_weight.
 CASES = [
-    case_of(2, 20, 70, 48, 20, 20, "phase"),
+    case_of(2, 20, 70, 48, 20, 20, "phase", skip=1, bias=1),
     case_of(1, 20, 96, 80, 20, 20, "amplitude"),
-    case_of(2, 3, 37, 65, 5, 7, "phase", 0.0),
+    case_of(2, 3, 37, 65, 5, 7, "phase", 0.0, bias=1),
     case_of(2, 5, 36, 24, 3, 0, "amplitude", -0.3),
-    case_of(1, 33, 24, 20, 34, 2, "phase"),
+    case_of(1, 33, 24, 20, 34, 2, "phase", skip=1),
+    case_of(1, 60, 24, 20, 9, 150, "amplitude", skip=1, bias=1),
     case_of(1, 160, 17, 19, 160, 0, "phase", 0.01),
-    case_of(3, 1, 200, 31, 2, 1, "amplitude"),
+    case_of(3, 1, 200, 31, 2, 1, "amplitude", skip=1, bias=1),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -48,13 +49,13 @@ def test_tiles_fit_together(case):
         assert not failures(replace(case, dtype=torch.float64, layout="channels_last"))
 
 
-def call(case, tensors=None, gradient=None, needs=(True,) * 6):
+def call(case, tensors=None, gradient=None, needs=(True,) * 7):
     """Result and gradients of the launchers themselves; a gradient that is not needed is None."""
     tensors = list((tensors or SPEC.inputs(case)).values())
     if gradient is None:
         gradient = SPEC.gradient(case, torch.empty(SPEC.output_shape(case), dtype=case.dtype))
     options = (case.options["mode"] == "phase", case.options["negative_slope"], False)
-    needs = (*needs[:5], needs[5] and tensors[5] is not None)
+    needs = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
     return (
         _C.amplitude_phase_conv_forward(*tensors, *options),
         *_C.amplitude_phase_conv_backward(gradient, *tensors, *options, *needs),
@@ -75,8 +76,8 @@ def test_bits_depend_neither_on_threads_nor_on_layouts_nor_on_what_else_is_asked
     for layout in ("channels_last", "strided"):
         assert same_bits(call(replace(case, layout=layout)), expected), layout
     with poisoned_memory():
-        for wanted in range(6):
-            needs = [position == wanted for position in range(6)]
+        for wanted in range(7):
+            needs = [position == wanted for position in range(7)]
             alone = [expected[0], *(e if n else None for e, n in zip(expected[1:], needs, strict=True))]
             assert same_bits(call(case, needs=needs), alone), wanted
 
@@ -160,10 +161,11 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("form", [{}, {"skip": 1, "bias": 1}], ids=str)
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize("size", [(12, 8), (5, 7)])
-def test_extreme_spectra_have_finite_and_right_results(size, mode, image):
-    case = case_of(2, 4, *size, 6, 3, mode)
+def test_extreme_spectra_have_finite_and_right_results(size, mode, form, image):
+    case = case_of(2, 4, *size, 6, 3, mode, **form)
     tensors = SPEC.inputs(case)
     tensors["x"] = IMAGES[image](tensors["x"])
     gradient = SPEC.gradient(case, torch.empty(SPEC.output_shape(case)))
@@ -198,10 +200,11 @@ def test_every_instruction_set_computes_the_same(wanted, narrower):
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 4), (4, 4), (5, 3)])
 def test_gradients_are_those_of_finite_differences(size, mode):
-    case = replace(case_of(2, 2, *size, 3, 2, mode), dtype=torch.float64, seed=1)
-    inputs = [tensor.requires_grad_() for tensor in SPEC.inputs(case).values()]
+    case = replace(case_of(2, 2, *size, 3, 2, mode, skip=1, bias=1), dtype=torch.float64, seed=1)
+    inputs = SPEC.inputs(case)
     assert torch.autograd.gradcheck(
-        lambda *t: ops.amplitude_phase_conv(*t[:5], mode=mode, output_weight=t[5], backend="cpp"), inputs
+        lambda *t: SPEC.run(case, dict(zip(inputs, t, strict=True)), "cpp"),
+        [tensor.requires_grad_() for tensor in inputs.values()],
     )
 
 
@@ -214,18 +217,19 @@ def test_the_gradient_of_x_has_its_layout(layout):
     assert grad_x.is_contiguous(memory_format=formats[layout])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize(("channels", "side"), [(20, 256), (80, 64)])
-def test_memory_is_a_third_of_eager(channels, side, mode):
+def test_memory_is_a_third_of_eager(channels, side, mode, layout):
     """Peak above inputs and results, forward and backward."""
-    case = case_of(2, channels, side, side, channels, channels, mode)
+    case = replace(case_of(2, channels, side, side, channels, channels, mode, skip=1, bias=1), layout=layout)
     leaves = {name: tensor.requires_grad_() for name, tensor in SPEC.inputs(case).items()}
     gradient = SPEC.gradient(case, leaves["x"])
     results = 4 * (gradient.numel() + sum(leaf.numel() for leaf in leaves.values()))
 
     def call(backend):
         kept = torch.autograd.grad(SPEC.run(case, leaves, backend), list(leaves.values()), gradient)
-        assert len(kept) == 6
+        assert len(kept) == 7
         return kept
 
     def peak(backend):
@@ -235,6 +239,7 @@ def test_memory_is_a_third_of_eager(channels, side, mode):
 
 
 MAP = torch.zeros(1, 2, 4, 5)
+NO_OUTPUT = {"output_weight": None, "output_bias": None}
 BAD = [
     ({"x": torch.zeros(2, 4, 5)}, ValueError, r"x: expected a dense tensor \[B, C, H, W\], got shape \[2, 4, 5\]"),
     ({"x": torch.zeros(1, 0, 4, 5)}, ValueError, "x: needs at least one channel and one pixel"),
@@ -245,10 +250,13 @@ BAD = [
     ({"bias1": torch.zeros(2)}, ValueError, r"bias1: expected shape \[3\], got \[2\]"),
     ({"weight2": torch.zeros(3, 2)}, ValueError, r"weight2: expected shape \[2, 3\], got \[3, 2\]"),
     ({"bias2": torch.zeros(2).double()}, TypeError, "bias2: expected dtype Float as x has, got Double"),
-    ({"output_weight": torch.zeros(4, 3)}, ValueError, r"output_weight: expected shape \[4, 2\], got \[4, 3\]"),
-    ({"output_weight": torch.zeros(4)}, ValueError, r"output_weight: expected shape \[Co, C\], got \[4\]"),
-    ({"output_weight": None}, ValueError, "grad: expected shape .*1, 2, 4, 5.*, got .*1, 4, 4, 5"),
-    ({"output_weight": None, "grad": MAP}, ValueError, "needs_output_weight: there is no output_weight"),
+    ({"output_weight": torch.zeros(4, 3)}, ValueError, r"output_weight: .* or \[Co, 2C\] with C = 2, got \[4, 3\]"),
+    ({"output_weight": torch.zeros(4)}, ValueError, r"output_weight: .* or \[Co, 2C\] with C = 2, got \[4\]"),
+    ({"output_weight": None}, ValueError, "output_bias: taken only with output_weight"),
+    (NO_OUTPUT, ValueError, "grad: expected shape .*1, 2, 4, 5.*, got .*1, 4, 4, 5"),
+    (NO_OUTPUT | {"grad": MAP}, ValueError, "needs_output_weight: there is no output_weight"),
+    ({"output_bias": torch.zeros(2)}, ValueError, r"output_bias: expected shape \[4\], got \[2\]"),
+    ({"output_bias": None}, ValueError, "needs_output_bias: there is no output_bias"),
     ({"grad": torch.zeros(1, 4, 5, 5)}, ValueError, r"grad: expected shape \[1, 4, 4, 5\], got \[1, 4, 5, 5\]"),
 ]
 
@@ -262,14 +270,14 @@ def test_bad_arguments_of_the_launchers_are_errors(change, error, message):
         "weight2": torch.zeros(2, 3),
         "bias2": torch.zeros(2),
         "output_weight": torch.zeros(4, 2),
+        "output_bias": torch.zeros(4),
         "phase": True,
         "negative_slope": 0.2,
         "tf32": False,
     }
-    names = ("x", "weight1", "bias1", "weight2", "bias2", "output_weight")
-    needs = {f"needs_{name}": True for name in names}
+    needs = {f"needs_{name}": True for name, value in good.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(error, match=message):
         _C.amplitude_phase_conv_backward(**{"grad": torch.zeros(1, 4, 4, 5)} | good | needs | change)
-    if not {"grad", "needs"} & change.keys() and "grad" not in message:
+    if not message.startswith(("grad", "needs")):
         with pytest.raises(error, match=message):
             _C.amplitude_phase_conv_forward(**good | change)

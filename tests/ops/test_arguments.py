@@ -21,6 +21,10 @@ def spectral_arguments(**changes):
     return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
 
 
+def fused_spectral_arguments(**changes):
+    return spectral_arguments(output_weight=torch.zeros(3, 6), output_bias=torch.zeros(3)) | changes
+
+
 def attention_arguments(**changes):
     arguments = {"qk": torch.zeros(2, 8, 9, 9), "v": torch.zeros(2, 4, 9, 9), "bias_table": torch.zeros(225, 2)}
     return arguments | {"num_heads": 2} | changes
@@ -79,7 +83,19 @@ WRONG = [
     (ops.amplitude_phase_conv, spectral_arguments(weight1=torch.zeros(6, 4)), ValueError, r"weight1: .*\[6, 3\]"),
     (ops.amplitude_phase_conv, spectral_arguments(weight2=torch.zeros(4, 6)), ValueError, r"weight2: .*\[3, 6\]"),
     (ops.amplitude_phase_conv, spectral_arguments(bias2=torch.zeros(6)), ValueError, r"bias2: .*\[3\]"),
-    (ops.amplitude_phase_conv, spectral_arguments(output_weight=torch.zeros(7, 2)), ValueError, "output_weight: "),
+    (
+        ops.amplitude_phase_conv,
+        spectral_arguments(output_weight=torch.zeros(7, 2)),
+        ValueError,
+        r"output_weight: expected shape \[Co, C\] or \[Co, 2C\] with C = 3, got \[7, 2\]",
+    ),
+    (
+        ops.amplitude_phase_conv,
+        spectral_arguments(output_weight=torch.zeros(7, 6), output_bias=torch.zeros(6)),
+        ValueError,
+        r"output_bias: expected shape \[Co\] = \[7\], got \[6\]",
+    ),
+    (ops.amplitude_phase_conv, spectral_arguments(output_bias=torch.zeros(3)), ValueError, "output_bias: .*only with"),
     (ops.amplitude_phase_conv, spectral_arguments(bias1=torch.zeros(6).double()), TypeError, "bias1 float64"),
     (ops.half_spectrum, {"x": torch.zeros(3)}, ValueError, r"x: expected shape \[\.\.\., H, W\]"),
     (ops.half_spectrum, {"x": torch.zeros(3, 3).int()}, TypeError, "x: expected a floating-point tensor"),
@@ -136,6 +152,7 @@ RIGHT = [
     (ops.dynamic_filter, filter_arguments),
     (ops.predicted_dynamic_filter, predicted_arguments),
     (ops.amplitude_phase_conv, spectral_arguments),
+    (ops.amplitude_phase_conv, fused_spectral_arguments),
     (ops.window_attention, attention_arguments),
     (ops.pointwise_mlp, mlp_arguments),
     (ops.local_mixing, mixing_arguments),

@@ -17,8 +17,11 @@ def full_spectrum(x):
     return np.where(spectrum.imag == 0, spectrum.real + 0j, spectrum)
 
 
-def defined(x, weight1, bias1, weight2, bias2, mode, slope, output_weight):
-    """irfft2 as the cosine sum (1/HW)·Re Σ c·Y·e^{iθ}, c = 1 in columns 0 and W/2 and 2 elsewhere."""
+def defined(x, weight1, bias1, weight2, bias2, mode, slope, output_weight, output_bias):
+    """irfft2 as the cosine sum (1/HW)·Re Σ c·Y·e^{iθ}, c = 1 in columns 0 and W/2 and 2 elsewhere.
+
+    A 1×1 convolution of the image, or of [x, image], follows.
+    """
     height, width = x.shape[-2:]
     half = full_spectrum(x)[..., : width // 2 + 1]
     amplitude, phase = np.abs(half), np.angle(half)
@@ -32,33 +35,41 @@ def defined(x, weight1, bias1, weight2, bias2, mode, slope, output_weight):
         y = spectral_map(amplitude) * np.exp(1j * phase)
     else:
         y = amplitude * np.exp(1j * spectral_map(phase))
-    if output_weight is not None:
-        y = np.einsum("oc,bchw->bohw", output_weight, y)
     columns = np.arange(width // 2 + 1)
     counted = np.where((2 * columns) % width == 0, 1, 2)
     along_rows = np.exp(2j * np.pi * np.outer(np.arange(height), np.arange(height)) / height)
     along_columns = np.exp(2j * np.pi * np.outer(columns, np.arange(width)) / width) * counted[:, None]
-    return np.einsum("bchw,hy,wx->bcyx", y, along_rows, along_columns, optimize=True).real / (height * width)
+    image = np.einsum("bchw,hy,wx->bcyx", y, along_rows, along_columns, optimize=True).real / (height * width)
+    if output_weight is not None:
+        if output_weight.shape[1] > x.shape[1]:
+            image = np.concatenate([x, image], 1)
+        image = np.einsum("oc,bchw->bohw", output_weight, image)
+    return image if output_bias is None else image + output_bias[:, None, None]
 
 
-def arguments(channels, hidden, out, size, seed=0):
+# output_weight over nothing, over Y and over [X, Y], without and with a bias
+FORMS = [{}, {"output_weight": (5, 3)}, {"output_weight": (5, 3), "output_bias": (5,)}]
+FORMS += [{"output_weight": (5, 6)}, {"output_weight": (5, 6), "output_bias": (5,)}]
+
+
+def arguments(channels, hidden, size, form, seed=0):
     random = np.random.default_rng(seed)
     shapes = [(2, channels, *size), (hidden, channels), (hidden,), (channels, hidden), (channels,)]
     tensors = [random.standard_normal(shape) for shape in shapes]
-    return tensors, None if out is None else random.standard_normal((out, channels))
+    return tensors, {name: random.standard_normal(shape) for name, shape in form.items()}
 
 
-@pytest.mark.parametrize("out", [None, 5])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize("size", SIZES)
-def test_convolution_equals_its_definition(size, mode, out):
-    tensors, output_weight = arguments(3, 4, out, size)
-    expected = defined(*tensors, mode, 0.3, output_weight)
+def test_convolution_equals_its_definition(size, mode, form):
+    tensors, output = arguments(3, 4, size, form)
+    expected = defined(*tensors, mode, 0.3, output.get("output_weight"), output.get("output_bias"))
     y = ops.amplitude_phase_conv(
         *map(torch.from_numpy, tensors),
         mode=mode,
         negative_slope=0.3,
-        output_weight=None if out is None else torch.from_numpy(output_weight),
+        **{name: torch.from_numpy(tensor) for name, tensor in output.items()},
         backend="reference",
     )
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=1e-11 * np.abs(expected).max())
@@ -67,11 +78,14 @@ def test_convolution_equals_its_definition(size, mode, out):
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 4), (4, 4), (5, 3)])
 def test_gradients_are_those_of_finite_differences(size, mode):
-    tensors, output_weight = arguments(2, 3, 2, size, seed=1)
-    inputs = [torch.from_numpy(tensor).requires_grad_() for tensor in (*tensors, output_weight)]
+    tensors, output = arguments(2, 3, size, {"output_weight": (2, 4), "output_bias": (2,)}, seed=1)
+    inputs = [torch.from_numpy(tensor).requires_grad_() for tensor in (*tensors, *output.values())]
 
     def run(*values):
-        return ops.amplitude_phase_conv(*values[:5], mode=mode, output_weight=values[5], backend="reference")
+        output_weight, output_bias = values[5:]
+        return ops.amplitude_phase_conv(
+            *values[:5], mode=mode, output_weight=output_weight, output_bias=output_bias, backend="reference"
+        )
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -79,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(size, mode):
 @pytest.mark.parametrize("mode", ["amplitude", "phase"])
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-20, 1e20])
 def test_extreme_spectra_stay_finite(scale, mode):
-    tensors, _ = arguments(2, 2, None, (4, 6))
+    tensors, _ = arguments(2, 2, (4, 6), {})
     inputs = [torch.from_numpy(tensor).float().requires_grad_() for tensor in tensors]
     with torch.no_grad():
         inputs[0].mul_(scale)
@@ -94,6 +108,18 @@ def test_extreme_spectra_stay_finite(scale, mode):
             assert inputs[4].grad.any()
     else:
         assert inputs[0].grad.any()
+
+
+@pytest.mark.parametrize("mode", ["amplitude", "phase"])
+def test_of_an_image_of_zeros_the_gradient_is_that_of_its_convolution(mode):
+    tensors, output = arguments(2, 3, (4, 6), {"output_weight": (3, 4)})
+    tensors[0][:] = 0
+    x, *weights = (torch.from_numpy(tensor).requires_grad_() for tensor in tensors)
+    output_weight = torch.from_numpy(output["output_weight"])
+    y = ops.amplitude_phase_conv(x, *weights, mode=mode, output_weight=output_weight, backend="reference")
+    grad = torch.from_numpy(np.random.default_rng(2).standard_normal(y.shape))
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(grad_x, torch.einsum("oc,bohw->bchw", output_weight[:, :2], grad))
 
 
 def test_constant_image_has_one_bin_and_the_rest_counts_as_zero():

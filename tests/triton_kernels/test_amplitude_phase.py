@@ -18,25 +18,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("amplitude", "phase")
 
 
-def case(batch, channels, height, width, hidden, out, mode, layout="contiguous", slope=0.2):
+def case(batch, channels, height, width, hidden, out, mode, layout="contiguous", slope=0.2, *, skip=0, bias=0):
     sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "hidden": hidden, "out": out}
-    return Case(sizes, {"mode": mode, "negative_slope": slope}, torch.float32, layout)
+    return Case(sizes | {"skip": skip, "bias": bias}, {"mode": mode, "negative_slope": slope}, torch.float32, layout)
 
 
 # together: every layout, one bin, several tiles of either kind, hidden and output blocks, odd and even
-# sides, heights at which the library leaves noise in real bins, several samples per partial sum (batch 9)
+# sides, heights at which the library leaves noise in real bins, several samples per partial sum (batch 9),
+# every form of output_weight
 CASES = [
     case(1, 1, 1, 1, 1, 0, "amplitude"),
+    case(1, 1, 1, 1, 1, 2, "amplitude", skip=1, bias=1),
     case(1, 2, 1, 2, 3, 2, "phase"),
     case(2, 3, 4, 1, 2, 0, "phase", "channels_last"),
-    case(2, 3, 5, 7, 4, 5, "amplitude", "strided"),
-    case(2, 5, 6, 9, 7, 5, "phase", "channels_last"),
+    case(2, 3, 5, 7, 4, 5, "amplitude", "strided", bias=1),
+    case(2, 5, 6, 9, 7, 5, "phase", "channels_last", skip=1),
     case(1, 20, 12, 14, 20, 22, "amplitude", "channels_last", 0.0),
+    case(1, 20, 12, 14, 20, 22, "amplitude", skip=1, bias=1),
     case(1, 20, 7, 16, 20, 20, "phase"),
+    case(1, 20, 7, 16, 20, 20, "phase", skip=1, bias=1),
     case(1, 2, 36, 10, 3, 0, "phase", "expanded"),
-    case(9, 2, 3, 2, 3, 4, "phase"),
+    case(1, 2, 36, 10, 3, 3, "phase", "expanded", skip=1, bias=1),
+    case(9, 2, 3, 2, 3, 4, "phase", skip=1, bias=1),
     case(9, 2, 2, 5, 3, 0, "amplitude"),
-    case(0, 3, 4, 4, 3, 3, "phase"),
+    case(0, 3, 4, 4, 3, 3, "phase", skip=1, bias=1),
 ]
 
 
@@ -71,26 +76,27 @@ def arguments(chosen):
 @pytest.mark.parametrize("mode", MODES)
 def test_exactly_the_wanted_gradients_are_computed(mode):
     backward = launchers.amplitude_phase_conv_backward
-    call = arguments(case(2, 2, 3, 4, 3, 2, mode))
-    everything = backward(*call, *[True] * 6)
-    one_each = [tuple(place == i for i in range(6)) for place in range(7)]  # the last is none at all
+    call = arguments(case(2, 2, 3, 4, 3, 2, mode, skip=1, bias=1))
+    everything = backward(*call, *[True] * 7)
+    one_each = [tuple(place == i for i in range(7)) for place in range(8)]  # the last is none at all
     for wanted in one_each:
         for gradient, expected, needed in zip(backward(*call, *wanted), everything, wanted, strict=True):
             assert torch.equal(gradient, expected) if needed else gradient is None
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("skip", [0, 1])
 @pytest.mark.parametrize(("height", "width"), [(6, 8), (5, 4), (4, 5), (3, 1)])
-def test_self_conjugate_columns_are_hermitian_to_the_last_bit(monkeypatch, mode, height, width):
+def test_self_conjugate_columns_are_hermitian_to_the_last_bit(monkeypatch, mode, skip, height, width):
     """What the inverse transforms are given: their result is then the same on every library."""
     given = []
     inverse = launchers._inverse
     monkeypatch.setattr(
         launchers, "_inverse", lambda spectrum, x: given.append(spectrum.clone()) or inverse(spectrum, x)
     )
-    grad, *call = arguments(case(1, 3, height, width, 4, 3, mode))
+    grad, *call = arguments(case(1, 3, height, width, 4, 3, mode, skip=skip, bias=skip))
     launchers.amplitude_phase_conv_forward(*call)
-    launchers.amplitude_phase_conv_backward(grad, *call, True, *[False] * 5)
+    launchers.amplitude_phase_conv_backward(grad, *call, True, *[False] * 6)
     assert len(given) == 2
     for spectrum in map(torch.view_as_complex, given):
         edges = spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
@@ -103,18 +109,17 @@ def test_self_conjugate_columns_are_hermitian_to_the_last_bit(monkeypatch, mode,
 def test_amplitudes_of_every_size(mode, size):
     """Squares of these leave float32's range; where they matter, the weights keep results in it."""
     chosen = case(1, 3, 4, 6, 3, 0, mode)
-    grad, x, *weights, output_weight, phase, slope, tf32 = arguments(chosen)
+    grad, x, *weights, output_weight, output_bias, phase, slope, tf32 = arguments(chosen)
     x = x * size
     if mode == "amplitude":
         weights[0] = weights[0] / size
     double = [tensor.double().requires_grad_() for tensor in (x, *weights)]
-    options = {"mode": mode, "negative_slope": slope, "output_weight": None}
+    options = {"mode": mode, "negative_slope": slope, "output_weight": None, "output_bias": None}
     truth = reference.amplitude_phase_conv(*double, **options)
     gradients = torch.autograd.grad(truth, double, grad.double())
-    y = launchers.amplitude_phase_conv_forward(x, *weights, output_weight, phase, slope, tf32)
-    actual = launchers.amplitude_phase_conv_backward(
-        grad, x, *weights, output_weight, phase, slope, tf32, *[True] * 5, False
-    )
+    call = x, *weights, output_weight, output_bias, phase, slope, tf32
+    y = launchers.amplitude_phase_conv_forward(*call)
+    actual = launchers.amplitude_phase_conv_backward(grad, *call, *[True] * 5, False, False)
     for value, expected in zip((y, *actual[:5]), (truth, *gradients), strict=True):
         assert torch.isfinite(value).all()
         assert (value.double() - expected).norm() <= 2e-5 * expected.norm()
@@ -122,7 +127,7 @@ def test_amplitudes_of_every_size(mode, size):
 
 def test_nothing_reaches_an_image_of_zeros_but_its_bins_count():
     grad, x, *rest = arguments(case(1, 2, 4, 4, 3, 0, "amplitude"))
-    gradients = launchers.amplitude_phase_conv_backward(grad, torch.zeros_like(x), *rest, *[True] * 5, False)
+    gradients = launchers.amplitude_phase_conv_backward(grad, torch.zeros_like(x), *rest, *[True] * 5, False, False)
     assert torch.equal(gradients[0], torch.zeros_like(x))
     assert torch.equal(gradients[1], torch.zeros_like(gradients[1]))
     weight1, bias1, weight2 = (tensor.double() for tensor in rest[:3])
@@ -211,27 +216,29 @@ def test_offsets_have_64_bits():
 def test_more_channels_than_a_program_holds_are_refused():
     weights = torch.empty(1, 257, device="meta"), torch.empty(1, device="meta")
     weights += torch.empty(257, 1, device="meta"), torch.empty(257, device="meta")
-    arguments = torch.empty(1, 257, 1, 1, device="meta"), *weights, None, False, 0.2, False
+    arguments = torch.empty(1, 257, 1, 1, device="meta"), *weights, None, None, False, 0.2, False
     with pytest.raises(ValueError, match="x: the Triton kernels take at most 256 channels, got 257"):
         launchers.amplitude_phase_conv_forward(*arguments)
     with pytest.raises(ValueError, match="x: the Triton kernels take at most 256 channels, got 257"):
-        launchers.amplitude_phase_conv_backward(arguments[0], *arguments, *[True] * 5, False)
+        launchers.amplitude_phase_conv_backward(arguments[0], *arguments, *[True] * 5, False, False)
 
 
 def test_more_pixels_than_the_kernels_can_count_are_refused():
     x = torch.empty(1, 1, 2, MAX_PIXELS // 2 + 1, device="meta")
     weights = torch.empty(1, 1, device="meta"), torch.empty(1, device="meta")
+    arguments = x, *weights, *weights, None, None, True, 0.2, False
     message = rf"x: .* at most {MAX_PIXELS} pixels per image, got 2×{x.shape[3]}"
     with pytest.raises(ValueError, match=message):
-        launchers.amplitude_phase_conv_forward(x, *weights, *weights, None, True, 0.2, False)
+        launchers.amplitude_phase_conv_forward(*arguments)
     with pytest.raises(ValueError, match=message):
-        launchers.amplitude_phase_conv_backward(x, x, *weights, *weights, None, True, 0.2, False, *[True] * 5, False)
+        launchers.amplitude_phase_conv_backward(x, *arguments, *[True] * 5, False, False)
 
 
 @pytest.mark.parametrize(("tf32", "expected"), [(True, "tf32"), (False, "ieee")])
 def test_tf32_is_used_where_it_is_allowed(tf32, expected):
     x, weight, bias = (torch.empty(*shape, device="meta") for shape in ((1, 20, 64, 64), (20, 20), (20,)))
+    arguments = x, weight, bias, weight, bias, weight, bias, True, 0.2, tf32
     with record_launches("default") as launches:
-        launchers.amplitude_phase_conv_forward(x, weight, bias, weight, bias, weight, True, 0.2, tf32)
-        launchers.amplitude_phase_conv_backward(x, x, weight, bias, weight, bias, weight, True, 0.2, tf32, *[True] * 6)
+        launchers.amplitude_phase_conv_forward(*arguments)
+        launchers.amplitude_phase_conv_backward(x, *arguments, *[True] * 7)
     assert [launch.constants["PRECISION"] for launch in launches] == [expected] * 4
