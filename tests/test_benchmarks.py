@@ -102,9 +102,11 @@ def test_results_are_the_same_in_both_files(tmp_path):
 def test_spectra_by_complex_numbers_are_the_same_operator(mode):
     (spec,) = (spec for spec in bench.SPECS if spec.name == "amplitude_phase_conv")
     case = replace(spec.typical, options=spec.typical.options | {"mode": mode}, dtype=torch.float64)
-    tensors = spec.inputs(case)
-    for output in (None, tensors["output_weight"]):
-        tensors["output_weight"] = output
+    fused = spec.inputs(case)
+    weight, channels = fused["output_weight"], fused["x"].shape[1]
+    assert weight.shape[1] == 2 * channels
+    plain = fused | {"output_weight": None, "output_bias": None}
+    for tensors in (fused, fused | {"output_weight": weight[:, :channels]}, plain):
         complex_form = ops.complex_amplitude_phase_conv(**tensors, **case.options)
         torch.testing.assert_close(complex_form, spec.run(case, tensors, "reference"), rtol=1e-9, atol=1e-9)
 
