@@ -42,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from mitnet_fast.ops._backends import FAMILIES, why_not
+from mitnet_fast.ops._backends import why_not
 from mitnet_fast.specs import SPECS, outputs_and_gradients
 from mitnet_fast.verify import KERNELS
 
@@ -72,14 +72,26 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def kernels_on_gpus() -> dict[str, dict[str, frozenset[torch.dtype]]]:
+    """Dtypes of a family's kernels for GPUs by backend, of any of its operators; families without any are left out."""
+    found: dict[str, dict[str, frozenset[torch.dtype]]] = {}
+    for spec in SPECS:
+        for (backend, device), dtypes in KERNELS[spec.name].dtypes.items():
+            if device == "cuda":
+                backends = found.setdefault(spec.family, {})
+                backends[backend] = backends.get(backend, frozenset()) | dtypes
+    return found
+
+
 def parts(folder: Path) -> Iterator[Part]:
     """All parts in their order; those whose tool is missing say so in their log and fail."""
     python = sys.executable
-    families = [family for family in FAMILIES if ("cpp", "cuda") in KERNELS[family].dtypes]  # others are for the CPU
+    families = kernels_on_gpus()
     yield Part("rates", (python, "-m", "benchmarks.gpu_report", str(folder), "--rates"), 30, alone=True)
     yield Part("graph", (python, "-m", "benchmarks.graph_steps"), 90, alone=True)
     operators = (python, "-m", "benchmarks.ops", "--device", "cuda", "--batch", "8", "--seconds", "0.3")
-    cases = {"window_attention": ("--cases", "6")}  # three shapes, with and without a shift
+    # three shapes, with and without a shift; the hot one of each of many operators
+    cases = {"window_attention": ("--cases", "6"), "feature_mixing": ("--cases", "1")}
     half = ("--dtype", "bfloat16", "--layout", "channels_last")
     for family in families:
         output = ("--output", str(folder / f"operators-{family}"))
@@ -90,7 +102,7 @@ def parts(folder: Path) -> Iterator[Part]:
         words = ("--network", network, "--work", "training step", "--seconds", "1")
         output = ("--output", str(folder / f"network-{network}"))
         yield Part(f"network-{network}", (*networks, *words, *output), 60, alone=True)
-    for family in (family for family in families if torch.bfloat16 in KERNELS[family].dtypes["cpp", "cuda"]):
+    for family in (family for family in families if torch.bfloat16 in frozenset().union(*families[family].values())):
         output = ("--output", str(folder / f"operators-{family}-bfloat16"))
         words = ("--family", family, *cases.get(family, ("--cases", "3")), "--compile", *half)
         yield Part(f"operators-{family}-bfloat16", (*operators, *words, *output), 75, alone=True)
@@ -118,8 +130,8 @@ def parts(folder: Path) -> Iterator[Part]:
     words = ("-k", "cuda and not every_case and (cpp or not random)")
     yield Part("tests-operators", (*pytest, *words, "tests/ops/test_kernels.py"), 200)
     yield Part("tests-triton", (*pytest, "tests/triton_kernels"), 200)
-    for family in families:
-        for backend in ("cpp", "triton"):
+    for family, backends in families.items():
+        for backend in backends:
             words = ("--family", family, "--backend", backend, "--seconds", "120")
             output = ("--json", str(folder / f"verify-{family}-{backend}.json"))
             yield Part(f"verify-{family}-{backend}", (python, "-m", "mitnet_fast", "verify", *words, *output), 200)
@@ -137,7 +149,7 @@ def calls_for_sanitizer() -> None:
     for spec in SPECS:
         # an odd size, and one for which there are transforms of our own
         cases = spec.typical, replace(spec.typical, sizes=spec.typical.sizes | {"height": 16, "width": 8})
-        kernels = KERNELS[spec.family]
+        kernels = KERNELS[spec.name]
         for (backend, device), dtypes in kernels.dtypes.items():
             runnable = [dtype for dtype in sorted(dtypes, key=str) if not why_not(kernels, backend, device, dtype)]
             for dtype in runnable if device == "cuda" else ():

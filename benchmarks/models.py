@@ -109,8 +109,10 @@ def _plain(device: str) -> Iterator[None]:
 
 
 def _fused(device: str) -> AbstractContextManager:
-    """What runs by default, but on a GPU, where that may be plain PyTorch, the CUDA kernels by name."""
-    return ops.use_backend("cpp") if device == "cuda" else nullcontext()
+    """What runs by default, but on a GPU, where that may be plain PyTorch, its kernels by name."""
+    if device != "cuda":
+        return nullcontext()
+    return ops.use_backend("triton", dynamic_filter="cpp", amplitude_phase="cpp", window_attention="cpp")
 
 
 REFERENCE = Implementation(_reference)  # whose numbers the others are held to

@@ -144,7 +144,7 @@ def implementations(spec: OpSpec, case: Case, device: str, compiled: bool) -> di
             found["compile, FlexAttention"] = torch.compile(flexible, fullgraph=True, dynamic=False)
     for backend in ("cpp", "triton"):
         if not (backend == "triton" and device == "cpu") and not why_not(
-            KERNELS[spec.family], backend, device, case.dtype
+            KERNELS[spec.name], backend, device, case.dtype
         ):
             found[backend] = on(backend)
     return found

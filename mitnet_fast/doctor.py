@@ -20,7 +20,8 @@ from rich.text import Text
 from . import __version__
 from ._extension import EXTENSION, WHY_NOT
 from .ops import BACKENDS
-from .ops._backends import BackendError, Kernels, choose, why_not
+from .ops._backends import FAMILIES, BackendError, Kernels, choose, why_not
+from .specs import SPECS
 from .verify import KERNELS
 
 
@@ -83,28 +84,39 @@ class Ability:
 def abilities() -> list[Ability]:
     """Every kernel family × backend × device type; on a type of which there is no device only that is said."""
     found = []
-    for kernels in KERNELS.values():
+    for family in FAMILIES:
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
-                found.append(Ability(kernels.family, "any", device, False, "PyTorch sees no GPU"))
+                found.append(Ability(family, "any", device, False, "PyTorch sees no GPU"))
                 continue
-            found += [_ability(kernels, backend, device) for backend in BACKENDS]
+            found += [_ability(family, backend, device) for backend in BACKENDS]
     return found
 
 
-def _ability(kernels: Kernels, backend: str, device: str) -> Ability:
+def _ability(family: str, backend: str, device: str) -> Ability:
+    """Of all operators of a family; where they differ, each state names its own."""
+    states: dict[tuple[bool, str], list[str]] = {}
+    for spec in SPECS:
+        if spec.family == family:
+            states.setdefault(_state(KERNELS[spec.name], backend, device), []).append(spec.name)
+    said = (state if len(states) == 1 else f"{', '.join(of)}: {state}" for (_, state), of in states.items())
+    return Ability(family, backend, device, any(ready for ready, _ in states), "; ".join(said))
+
+
+def _state(kernels: Kernels, backend: str, device: str) -> tuple[bool, str]:
+    """Whether a backend can run an operator, and in which dtypes or why not."""
     all_dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     dtypes = [dtype for dtype in all_dtypes if not why_not(kernels, backend, device, dtype)]
     if not dtypes:
         supported = next(iter(kernels.dtypes.get((backend, device), [torch.float32])))
         reasons = "; ".join(why_not(kernels, backend, device, supported))
-        return Ability(kernels.family, backend, device, False, reasons)
+        return False, reasons
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     try:
         taken = choose(kernels, None, device, torch.float32) == backend
     except BackendError:  # one that MITNET_FAST_BACKEND forces and that cannot run
         taken = False
-    return Ability(kernels.family, backend, device, True, names + (" (default)" if taken else ""))
+    return True, names + (" (default)" if taken else "")
 
 
 def _built_for() -> str:

@@ -44,7 +44,7 @@ from .ops._amplitude_phase import sizes_of
 from .ops._backends import choose
 from .ops._feature_mixing import LOCAL_SIZE
 from .reference.amplitude_phase import SMALLEST_AMPLITUDE, amplitude_phase_conv_of_spectrum
-from .reference.feature_mixing import dense_layers
+from .reference.feature_mixing import NORM_EPS, dense_layers
 from .reference.window_attention import padding
 
 # what an operator returns: a map, or several tensors
@@ -103,6 +103,8 @@ class OpSpec:
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
             ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
+        absolute: for an operator that subtracts, as a norm does: the reference as a function of the tensor
+            arguments, in which absolute values stand for differences too, so that no terms cancel each other.
     """
 
     name: str
@@ -119,6 +121,7 @@ class OpSpec:
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
+    absolute: Callable[..., Results] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
         """The tensor arguments of ``case``: the same values on every device, standard normal."""
@@ -272,7 +275,7 @@ def expectations(
         changed = tree_map(lambda t: change(t.cpu()), gradient)
         return outputs_and_gradients(spec, case, host, changed, "reference", needs, formula)
 
-    truth, absolute = plain(lambda t: t.double()), plain(lambda t: t.double().abs(), None)
+    truth, absolute = plain(lambda t: t.double()), plain(lambda t: t.double().abs(), spec.absolute)
     if formula and case.dtype != torch.float64:
         for name, other in plain(lambda t: t.double(), partial(formula, other_side=True)).items():
             absolute[name] = absolute[name] + (other - truth[name]).abs() / (4 * torch.finfo(case.dtype).eps)
@@ -734,6 +737,20 @@ def _qkv_output_shapes(case: Case) -> tuple[tuple[int, ...], ...]:
     return (b, c, h, w), (b, 2 * c, h, w), (b,), (b,)
 
 
+def _qkv_of_absolute_values(
+    x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, value_weight: torch.Tensor,
+    value_bias: torch.Tensor, query_key_weight: torch.Tensor, query_key_bias: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The reference with the absolute value of what the norm gives, whose derivative stays that of the norm."""
+    standardized = torch.group_norm(x, 1, eps=NORM_EPS)
+    standardized = standardized + (standardized.abs() - standardized).detach()
+    normalized = standardized * norm_weight[:, None, None] + norm_bias[:, None, None]
+    value = F.conv2d(normalized, value_weight[..., None, None], value_bias)
+    query_key = F.conv2d(normalized, query_key_weight[..., None, None], query_key_bias)
+    variance, mean = torch.var_mean(x, (1, 2, 3), correction=0)
+    return value, query_key, mean, (variance + NORM_EPS).sqrt()
+
+
 def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     c, growth = case.sizes["channels"], case.sizes["growth"]
     weights = {"dense_weight": (45 * growth * (c + 2 * growth),), "dense_bias": (5 * growth,)}
@@ -895,6 +912,7 @@ NORMALIZED_QKV = OpSpec(
     flops=_convolutions(_qkv_shapes, "value_weight", "query_key_weight"),
     only_added=("value_bias", "query_key_bias"),
     results=("value", "query_key", "mean", "deviation"),
+    absolute=_qkv_of_absolute_values,
 )
 
 DENSE_BLOCK = OpSpec(

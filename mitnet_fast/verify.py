@@ -22,9 +22,12 @@ from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _feature_mixing, _
 from .ops._backends import FAMILIES, Kernels, why_not
 from .specs import SPECS, Case, Comparison, OpSpec, compare
 
-KERNELS: dict[str, Kernels] = {
-    module.KERNELS.family: module.KERNELS
-    for module in (_dynamic_filter, _amplitude_phase, _window_attention, _feature_mixing)
+KERNELS: dict[str, Kernels] = {  # of every operator
+    "dynamic_filter": _dynamic_filter.KERNELS,
+    "predicted_dynamic_filter": _dynamic_filter.KERNELS,
+    "amplitude_phase_conv": _amplitude_phase.KERNELS,
+    "window_attention": _window_attention.KERNELS,
+    **_feature_mixing.KERNELS,
 }
 
 
@@ -189,7 +192,7 @@ def _calls(
     for spec in SPECS:
         if family is not None and spec.family != family:
             continue
-        kernels = KERNELS[spec.family]
+        kernels = KERNELS[spec.name]
         for name in [backend] if backend else compiled:
             for device in devices:
                 dtypes = sorted(_dtypes(kernels, name, device), key=str)

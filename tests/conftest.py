@@ -22,6 +22,7 @@ LONGEST = (
     "test_export.py",
     "cuda_on_host/test_compile.py",
     "triton_kernels/test_window_attention.py",
+    "triton_kernels/test_feature_mixing.py",
     "training/test_kill.py",
     "cuda_on_host/test_dynamic_filter.py",
     "triton_kernels/test_dynamic_filter.py",

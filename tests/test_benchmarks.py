@@ -38,8 +38,15 @@ from mitnet_fast.cli import app
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import _backends
 from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER, expectations
+from mitnet_fast.verify import KERNELS
 
-ON_GPUS = {"dynamic_filter", "amplitude_phase", "window_attention"}  # families with kernels there
+ON_GPUS = {  # families with kernels there, and in which backends
+    "dynamic_filter": ("cpp", "triton"),
+    "amplitude_phase": ("cpp", "triton"),
+    "window_attention": ("cpp", "triton"),
+    "feature_mixing": ("triton",),
+}
+MIXING_ON_GPUS = {"pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv"}
 SMALL = replace(
     PREDICTED_DYNAMIC_FILTER.benchmark_cases[0],
     sizes=PREDICTED_DYNAMIC_FILTER.benchmark_cases[0].sizes | {"height": 24, "width": 20},
@@ -265,8 +272,12 @@ def test_measuring_leaves_time_for_the_checks(tmp_path, monkeypatch):
         expected = 60.0 if words else 36.0
         assert all(left[name] == pytest.approx(expected, abs=5) for name in left if name.startswith("operators"))
     assert {name: round(left[name], -1) for name in left if name.startswith("verify")} == dict.fromkeys(
-        [f"verify-{family}-{backend}" for family in ON_GPUS for backend in ("cpp", "triton")], 60.0
+        [f"verify-{family}-{backend}" for family, backends in ON_GPUS.items() for backend in backends], 60.0
     )
+    assert {name for name in left if name.startswith("operators")} == {
+        *(f"operators-{family}" for family in ON_GPUS),
+        *(f"operators-{family}-bfloat16" for family in ON_GPUS if family != "amplitude_phase"),  # float32 alone
+    }
 
 
 def test_a_part_that_is_stopped_takes_along_what_it_started(tmp_path):
@@ -325,9 +336,11 @@ def test_the_sanitizers_calls_reach_every_operator_and_both_ways_to_transform(mo
     monkeypatch.setattr(gpu_report, "SPECS", [Recorded(spec) for spec in gpu_report.SPECS])
     monkeypatch.setattr(gpu_report, "outputs_and_gradients", lambda *_: None)
     gpu_report.calls_for_sanitizer()
-    assert len(seen) == len(set(seen)) == 2 * 2 * (3 * 3 + 1)
+    assert len(seen) == len(set(seen)) == 2 * (2 * (3 * 3 + 1) + 3 * len(MIXING_ON_GPUS))
     assert ("amplitude_phase_conv", "cpp", torch.float32, 16, 8, "channels_last") in seen
-    assert {name for name, *_ in seen} == {spec.name for spec in gpu_report.SPECS if spec.family in ON_GPUS}
+    others = {spec.name for spec in gpu_report.SPECS if spec.family != "feature_mixing"}
+    assert {name for name, *_ in seen} == others | MIXING_ON_GPUS
+    assert {backend for name, backend, *_ in seen if name in MIXING_ON_GPUS} == {"triton"}
 
 
 def test_the_report_names_its_parts(monkeypatch, tmp_path, capsys):
@@ -356,6 +369,16 @@ def test_the_work_of_a_training_step_does_not_grow(network):
     called = work.count(network, 8, 256, "cpp").operators
     assert parts[work.CONVOLUTIONS].operators == called["convolution"] + called["convolution_backward"]
     assert parts[work.FUSED].operators >= 2 * sum(called[spec.name] for spec in bench.SPECS) > 20
+
+
+def test_fused_networks_run_on_gpus_by_the_kernels_that_there_are(monkeypatch):
+    monkeypatch.setattr(_backends, "UNAVAILABLE", {})
+    with models.IMPLEMENTATIONS["fused"].backends("cuda"):
+        chosen = {name: _backends.choose(kernels, None, "cuda", torch.float32) for name, kernels in KERNELS.items()}
+    assert {name for name, backend in chosen.items() if backend == "triton"} == MIXING_ON_GPUS
+    assert {name for name, backend in chosen.items() if backend == "cpp"} == {
+        spec.name for spec in bench.SPECS if spec.family != "feature_mixing"
+    }
 
 
 @pytest.mark.parametrize("network", WORK)

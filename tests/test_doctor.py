@@ -12,6 +12,7 @@ from rich.console import Console
 from mitnet_fast import doctor
 from mitnet_fast.doctor import Ability, Finding, abilities, examine, report
 from mitnet_fast.ops import _backends
+from mitnet_fast.ops._backends import Kernels
 
 
 def ability(family: str, backend: str, device: str = "cpu") -> Ability:
@@ -50,6 +51,19 @@ def test_forced_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(_backends.UNAVAILABLE, ("cpp", "cpu"), ("there is no compiled half",))
     assert ability("window_attention", "reference").state == "float32, float64, bfloat16, float16"
     assert ability("window_attention", "cpp").state == "there is no compiled half"
+
+
+def test_operators_of_a_family_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_forced", {})
+    monkeypatch.delitem(_backends.UNAVAILABLE, ("cpp", "cpu"), raising=False)
+    assert ability("feature_mixing", "cpp").state == "float32, float64, bfloat16 (default)"
+    monkeypatch.setitem(doctor.KERNELS, "conv_relu", Kernels("feature_mixing"))
+    found = ability("feature_mixing", "cpp")
+    assert found.ready
+    assert found.state == (
+        "pointwise_mlp, local_mixing, local_global_mixing, normalized_qkv, dense_block: float32, float64, bfloat16 "
+        "(default); conv_relu: cpp has no kernels of this feature_mixing operator"
+    )
 
 
 def test_without_a_gpu_no_backend_is_ready_for_one(no_gpu: None) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mitnet_fast.specs import AMPLITUDE_PHASE_CONV, SPECS, outputs_and_gradients
+from mitnet_fast.reference.feature_mixing import NORM_EPS
+from mitnet_fast.specs import AMPLITUDE_PHASE_CONV, NORMALIZED_QKV, SPECS, expectations, outputs_and_gradients
 
 LARGE, MIDDLE, SMALL = 2 * 256 * 256, 2 * 128 * 128, 2 * 16 * 16  # pixels of a batch
 FILTER = 180 * 20 + 2 * 180  # weight and bias of each sample, for 3×3 filters of 20 channels
@@ -71,6 +72,19 @@ def test_bytes_and_operations_are_those_counted_by_hand(name, number):
     assert spec.bytes_at_least(case) == (4 * forward, 4 * backward)
     assert spec.bytes_at_least(replace(case, dtype=torch.bfloat16)) == (2 * forward, 2 * backward)
     assert spec.flops(case) == tuple(operations)
+
+
+def test_no_terms_cancel_in_the_bound_of_a_norm():
+    case = NORMALIZED_QKV.typical
+    tensors = NORMALIZED_QKV.inputs(case)
+    gradient = NORMALIZED_QKV.gradient(case, NORMALIZED_QKV.uninitialized(case))
+    _, absolute, _ = expectations(NORMALIZED_QKV, case, tensors, gradient, "reference")
+    size = {name: tensor.double().abs() for name, tensor in tensors.items()}
+    projection = torch.cat([size["value_weight"], size["query_key_weight"]])
+    grad_normalized = torch.einsum("oc,bohw->bchw", projection, torch.cat(gradient[:2], 1).double().abs())
+    standardized = torch.group_norm(size["x"], 1, eps=NORM_EPS).abs()
+    torch.testing.assert_close(absolute["grad_norm_weight"], (grad_normalized * standardized).sum((0, 2, 3)))
+    torch.testing.assert_close(absolute["grad_norm_bias"], grad_normalized.sum((0, 2, 3)))
 
 
 @every_operator

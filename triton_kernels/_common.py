@@ -23,6 +23,43 @@ MAX_PIXELS = 2**30
 TUNED = Path(__file__).with_name("tuned")
 
 
+@triton.jit
+def reflected(i, size):
+    """Coordinate of the pixel that lies at coordinate ``i`` of a map continued by reflection."""
+    i = tl.abs(i)
+    return tl.minimum(i, 2 * (size - 1) - i)
+
+
+@triton.jit
+def load_tile(ptr, pixels, channels, has_pixel, has_channel, STRIDE_P: tl.constexpr):
+    """Tile [pixels, channels] of a map, zero where there is none; lanes run along what lies together."""
+    if STRIDE_P <= 1:
+        mask = has_channel[:, None] & has_pixel[None, :]
+        tile = tl.trans(tl.load(ptr + (channels[:, None] + pixels[None, :]), mask=mask, other=0.0))
+    else:
+        mask = has_pixel[:, None] & has_channel[None, :]
+        tile = tl.load(ptr + (pixels[:, None] + channels[None, :]), mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, pixels, channels, has_pixel, has_channel, tile, STRIDE_P: tl.constexpr):
+    """Write a tile [pixels, channels] to a map."""
+    tile = tile.to(ptr.dtype.element_ty)
+    if STRIDE_P <= 1:
+        mask = has_channel[:, None] & has_pixel[None, :]
+        tl.store(ptr + (channels[:, None] + pixels[None, :]), tl.trans(tile), mask=mask)
+    else:
+        tl.store(ptr + (pixels[:, None] + channels[None, :]), tile, mask=has_pixel[:, None] & has_channel[None, :])
+
+
+@triton.jit
+def load_matrix(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of a contiguous [ROWS, COLUMNS] matrix, zeros outside."""
+    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(pointer + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
+
+
 class Map(NamedTuple):
     """A [batch, channels, height, width] map whose pixels lie at one distance, strides in elements."""
 
@@ -48,24 +85,30 @@ def as_map(tensor: torch.Tensor) -> Map:
     return Map(copy, copy.stride(0), copy.stride(1), 1)
 
 
-def empty_map(like: torch.Tensor) -> Map:
-    """An uninitialised result of the shape, dtype and layout (contiguous or channels_last) of ``like``."""
+def empty_map(like: torch.Tensor, channels: int | None = None) -> Map:
+    """An uninitialised result of the shape, dtype and layout (contiguous or channels_last) of ``like``.
+
+    It has as many ``channels`` as are given, else those of ``like``.
+    """
     channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    result = torch.empty_like(like, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return as_map(result)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (like.shape[0], channels or like.shape[1], *like.shape[2:])
+    return as_map(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
 
 
-def strides(*maps: Map) -> Iterator[int]:
-    """Batch and channel stride of every map, in order."""
+def strides(*maps: Map | None) -> Iterator[int]:
+    """Batch and channel stride of every map, in order; zeros for one that is not there."""
     for map in maps:
-        yield map.stride_n
-        yield map.stride_c
+        yield 0 if map is None else map.stride_n
+        yield 0 if map is None else map.stride_c
 
 
-def offset_type(*maps: Map) -> tl.dtype:
+def offset_type(*maps: Map | None) -> tl.dtype:
     """Type of offsets within one sample: 32 bits hold them in most maps and save registers."""
     extents = (
-        (map.data.shape[1] - 1) * map.stride_c + map.data.shape[2] * map.data.shape[3] * map.stride_p for map in maps
+        (map.data.shape[1] - 1) * map.stride_c + map.data.shape[2] * map.data.shape[3] * map.stride_p
+        for map in maps
+        if map is not None
     )
     return tl.int32 if max(extents) < 2**30 else tl.int64
 

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import amplitude_phase, dynamic_filter, window_attention
+from . import amplitude_phase, dynamic_filter, feature_mixing, window_attention
 from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
@@ -35,6 +35,7 @@ ARCHITECTURES = (80, 90, 100)
 FILTERS = ((20, 256, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))  # channels, side, K
 PREDICTED_FILTERS = ((20, 256, 3), (40, 128, 3), (80, 64, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))
 WINDOWS = ((24, 2, 8), (96, 6, 8), (64, 1, 8), (24, 1, 4), (24, 2, 7), (24, 2, 16), (64, 2, 16))  # channels, heads, w
+MIXINGS = ((24, 256, 48), (48, 128, 192), (96, 64, 384))  # channels, side, hidden channels
 TUNED_OPTIONS = ("num_warps", "num_stages")
 
 
@@ -59,7 +60,7 @@ class Resources:
 
 
 def kernels(arch: int, *, every: bool = False) -> list[Kernel]:
-    """Kernels for ``arch``: each once as MITNet's first level launches it, or ``every`` representative launch."""
+    """Kernels for ``arch``: each once as a network's first levels launch it, or ``every`` representative launch."""
     found: dict[str, Kernel] = {}
     with record_launches(f"sm_{arch}") as launches:
         for call, label in _calls(every):
@@ -83,6 +84,8 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
         yield _window_attention(24, 2, 8, torch.bfloat16, torch.contiguous_format, False)
         yield _window_attention(24, 2, 8, torch.bfloat16, torch.channels_last, False)
         yield _window_attention(24, 2, 8, torch.float32, torch.contiguous_format, True)
+        yield from _feature_mixing(24, 256, 48, torch.bfloat16, torch.channels_last, False)
+        yield from _feature_mixing(48, 128, 192, torch.float32, torch.channels_last, True)
         return
     for (channels, side, size), dtype, layout in _crossed(FILTERS):
         yield _dynamic_filter(channels, side, size, dtype, layout)
@@ -92,6 +95,9 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
     for (channels, heads, window), dtype, layout in _crossed(WINDOWS):
         for tf32 in _precisions(dtype):
             yield _window_attention(channels, heads, window, dtype, layout, tf32)
+    for (channels, side, hidden), dtype, layout in _crossed(MIXINGS):
+        for tf32 in _precisions(dtype):
+            yield from _feature_mixing(channels, side, hidden, dtype, layout, tf32)
     for phase, tf32 in product((False, True), repeat=2):
         for channels, side in ((20, 256), (40, 128), (80, 64), (160, 32)):
             yield _amplitude_phase(channels, side, phase, tf32)
@@ -162,6 +168,32 @@ def _window_attention(
         window_attention.window_attention_backward(v, qk, v, *options, True, True, True)
 
     return call, f"C={channels} d={channels // heads} w={window_size} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
+def _feature_mixing(
+    channels: int, side: int, hidden: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> Iterator[tuple[Callable[[], object], str]]:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, query_key = (_map(count, side, dtype, layout) for count in (channels, 2 * channels))
+    vector, matrix, of_samples = empty(channels), empty(channels, channels), empty(8, channels)
+    hidden_weights = empty(hidden, channels), empty(hidden), empty(channels, hidden), vector
+    mixing_weights = empty(channels, 5, 5), vector, matrix, vector
+    projections = vector, vector, matrix, vector, empty(2 * channels, channels), empty(2 * channels)
+    operators = {  # name: gradients of its results, tensors
+        "pointwise_mlp": ((x,), (x, *hidden_weights)),
+        "local_mixing": ((x,), (x, matrix, vector, *mixing_weights)),
+        "local_global_mixing": ((x,), (x, x, x, *mixing_weights, of_samples, of_samples)),
+        "normalized_qkv": ((x, query_key, empty(8), empty(8)), (x, *projections)),
+    }
+    for name, (grads, tensors) in operators.items():
+
+        def call(name=name, grads=grads, tensors=tensors) -> None:
+            getattr(feature_mixing, f"{name}_forward")(*tensors, tf32)
+            getattr(feature_mixing, f"{name}_backward")(*grads, *tensors, [True] * len(tensors), tf32)
+
+        yield call, f"C={channels} {name} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
 
 
 def _map(channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:

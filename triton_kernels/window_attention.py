@@ -22,7 +22,7 @@ over its windows, then over programs, then over pairs. No atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -37,11 +37,14 @@ from ._common import (
     configuration,
     empty_map,
     launch,
+    load_tile,
     offset_type,
     operand_type,
     power_of_two,
     precision,
     product_kind,
+    reflected,
+    store_tile,
     strides,
 )
 
@@ -50,13 +53,6 @@ MAX_WINDOW = 16
 BIAS_ROWS = 16
 PADDING = ["shift", "bottom", "right", "band_rows", "band_columns"]
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _reflected(i, size):
-    """Coordinate of the pixel that lies at coordinate ``i`` of a map continued by reflection."""
-    i = tl.where(i < 0, -i, i)
-    return tl.where(i < size, i, 2 * (size - 1) - i)
 
 
 @triton.jit
@@ -84,29 +80,6 @@ def _band_index(h, w, height, width, shift, bottom, right, band_rows, band_colum
     in_row = row * padded_width + w + shift
     in_column = band_rows * padded_width + (h + shift) * band_columns + column
     return tl.where(_in_band(h, height, shift, bottom), in_row, in_column)
-
-
-@triton.jit
-def _load(ptr, pixels, channels, has_pixel, has_channel, STRIDE_P: tl.constexpr):
-    """Tile [tokens, channels] of a map, zero where there is none; lanes run along what lies together."""
-    if STRIDE_P <= 1:
-        mask = has_channel[:, None] & has_pixel[None, :]
-        tile = tl.trans(tl.load(ptr + (channels[:, None] + pixels[None, :]), mask=mask, other=0.0))
-    else:
-        mask = has_pixel[:, None] & has_channel[None, :]
-        tile = tl.load(ptr + (pixels[:, None] + channels[None, :]), mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def _store(ptr, pixels, channels, has_pixel, has_channel, tile, STRIDE_P: tl.constexpr):
-    """Write a tile [tokens, channels] to a map."""
-    tile = tile.to(ptr.dtype.element_ty)
-    if STRIDE_P <= 1:
-        mask = has_channel[:, None] & has_pixel[None, :]
-        tl.store(ptr + (channels[:, None] + pixels[None, :]), tl.trans(tile), mask=mask)
-    else:
-        tl.store(ptr + (pixels[:, None] + channels[None, :]), tile, mask=has_pixel[:, None] & has_channel[None, :])
 
 
 @triton.jit
@@ -174,20 +147,20 @@ def _window_attention_kernel(
         h, w = _coordinates(window, query, rows, columns, shift, WINDOW)
         own = (query < TOKENS) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         pixels = (h * width + w).to(OFFSET)
-        q = _load(q_ptr + n * qk_stride_n, pixels * QK_STRIDE_P, c * qk_stride_c, own, has_channel, QK_STRIDE_P)
+        q = load_tile(q_ptr + n * qk_stride_n, pixels * QK_STRIDE_P, c * qk_stride_c, own, has_channel, QK_STRIDE_P)
         h, w = _coordinates(window, key, rows, columns, shift, WINDOW)
-        key_pixels = (_reflected(h, height) * width + _reflected(w, width)).to(OFFSET)
-        k = _load(
+        key_pixels = (reflected(h, height) * width + reflected(w, width)).to(OFFSET)
+        k = load_tile(
             k_ptr + n * qk_stride_n, key_pixels * QK_STRIDE_P, c * qk_stride_c, key < TOKENS, has_channel, QK_STRIDE_P
         )
         scores = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision=PRECISION)
         scores = scores * (HEAD**-0.5 * LOG2E) + bias
         p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        v = _load(
+        v = load_tile(
             v_ptr + n * v_stride_n, key_pixels * V_STRIDE_P, c * v_stride_c, key < TOKENS, has_channel, V_STRIDE_P
         )
         y = tl.dot(p.to(v.dtype).to(OPERAND), v.to(OPERAND), input_precision=PRECISION) / tl.sum(p, 1)[:, None]
-        _store(y_ptr + n * y_stride_n, pixels * Y_STRIDE_P, c * y_stride_c, own, has_channel, y, Y_STRIDE_P)
+        store_tile(y_ptr + n * y_stride_n, pixels * Y_STRIDE_P, c * y_stride_c, own, has_channel, y, Y_STRIDE_P)
 
 
 @triton.jit(do_not_specialize=["windows", "rows", "columns", *PADDING, "run"])
@@ -271,11 +244,11 @@ def _window_attention_backward_kernel(
     for window in range(index * run, tl.minimum(index * run + run, windows)):
         n = (window // (rows * columns)).to(tl.int64)
         key_h, key_w = _coordinates(window, key, rows, columns, shift, WINDOW)
-        key_pixels = (_reflected(key_h, height) * width + _reflected(key_w, width)).to(OFFSET)
-        k = _load(
+        key_pixels = (reflected(key_h, height) * width + reflected(key_w, width)).to(OFFSET)
+        k = load_tile(
             k_ptr + n * qk_stride_n, key_pixels * QK_STRIDE_P, c * qk_stride_c, key < TOKENS, has_channel, QK_STRIDE_P
         )
-        v = _load(
+        v = load_tile(
             v_ptr + n * v_stride_n, key_pixels * V_STRIDE_P, c * v_stride_c, key < TOKENS, has_channel, V_STRIDE_P
         )
         grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -285,14 +258,14 @@ def _window_attention_backward_kernel(
             h, w = _coordinates(window, query, rows, columns, shift, WINDOW)
             own = (query < TOKENS) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             pixels = (h * width + w).to(OFFSET)
-            q = _load(q_ptr + n * qk_stride_n, pixels * QK_STRIDE_P, c * qk_stride_c, own, has_channel, QK_STRIDE_P)
+            q = load_tile(q_ptr + n * qk_stride_n, pixels * QK_STRIDE_P, c * qk_stride_c, own, has_channel, QK_STRIDE_P)
             if QUERY_BLOCKS > 1:
                 bias = _bias(bias_table_ptr, query, key, head, HEADS, WINDOW)
             scores = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision=PRECISION)
             scores = scores * (HEAD**-0.5 * LOG2E) + bias
             p = tl.exp2(scores - tl.max(scores, 1)[:, None])
             p *= (1.0 / tl.sum(p, 1))[:, None]
-            grad = _load(
+            grad = load_tile(
                 grad_ptr + n * grad_stride_n,
                 pixels * GRAD_STRIDE_P,
                 c * grad_stride_c,
@@ -311,7 +284,7 @@ def _window_attention_backward_kernel(
                 if NEEDS_QK:
                     grad_scores = grad_scores.to(k.dtype).to(OPERAND)
                     grad_q = tl.dot(grad_scores, k.to(OPERAND), input_precision=PRECISION) * HEAD**-0.5
-                    _store(
+                    store_tile(
                         grad_q_ptr + n * grad_qk_stride_n,
                         pixels * GRAD_QK_STRIDE_P,
                         c * grad_qk_stride_c,
@@ -331,7 +304,7 @@ def _window_attention_backward_kernel(
             in_band = in_band & (key < TOKENS)
         if NEEDS_QK:
             grad_k *= HEAD**-0.5
-            _store(
+            store_tile(
                 grad_k_ptr + n * grad_qk_stride_n,
                 key_pixels * GRAD_QK_STRIDE_P,
                 c * grad_qk_stride_c,
@@ -341,7 +314,7 @@ def _window_attention_backward_kernel(
                 GRAD_QK_STRIDE_P,
             )
             if REFLECTS:
-                _store(
+                store_tile(
                     key_band_ptr + n * band_stride_n,
                     index_in_band * BAND_STRIDE_P,
                     c * band_stride_c,
@@ -351,7 +324,7 @@ def _window_attention_backward_kernel(
                     BAND_STRIDE_P,
                 )
         if NEEDS_V:
-            _store(
+            store_tile(
                 grad_v_ptr + n * grad_v_stride_n,
                 key_pixels * GRAD_V_STRIDE_P,
                 c * grad_v_stride_c,
@@ -361,7 +334,7 @@ def _window_attention_backward_kernel(
                 GRAD_V_STRIDE_P,
             )
             if REFLECTS:
-                _store(
+                store_tile(
                     value_band_ptr + n * band_stride_n,
                     index_in_band * BAND_STRIDE_P,
                     c * band_stride_c,
@@ -436,7 +409,7 @@ def _gather_bands_kernel(
             token_w = w if left == 1 else (-w if left == 0 else 2 * (width - 1) - w)
             has_token = has_row & (token_w >= -shift) & (token_w < width + right) & ((token_w != w) | (left == 1))
             index = _band_index(token_h, token_w, height, width, shift, bottom, right, band_rows, band_columns)
-            total += _load(
+            total += load_tile(
                 band_ptr + n * band_stride_n,
                 index.to(OFFSET) * BAND_STRIDE_P,
                 c_offsets * band_stride_c,
@@ -444,7 +417,7 @@ def _gather_bands_kernel(
                 has_channel,
                 BAND_STRIDE_P,
             )
-    _store(
+    store_tile(
         grad_ptr + n * grad_stride_n,
         (h * width + w).to(OFFSET) * GRAD_STRIDE_P,
         c_offsets * grad_stride_c,
@@ -595,17 +568,14 @@ def window_attention_backward(
             *(grad_v.data if v else None, key_band.data if qk and reflects else None),
             *(value_band.data if v and reflects else None, bias_sums),
             *(windows, rows, columns, height, width, *padding, run),
-            *strides(grads, products, values),
-            *_strides(grad_qk, grad_v, key_band or value_band),
+            *strides(grads, products, values, grad_qk, grad_v, key_band or value_band),
             GRAD_STRIDE_P=grads.stride_p,
             QK_STRIDE_P=products.stride_p,
             V_STRIDE_P=values.stride_p,
             GRAD_QK_STRIDE_P=grad_qk.stride_p if qk else 0,
             GRAD_V_STRIDE_P=grad_v.stride_p if v else 0,
             BAND_STRIDE_P=(key_band or value_band).stride_p if (qk or v) and reflects else 0,
-            OFFSET=offset_type(
-                *(map for map in (grads, products, values, grad_qk, grad_v, key_band, value_band) if map)
-            ),
+            OFFSET=offset_type(grads, products, values, grad_qk, grad_v, key_band, value_band),
             REFLECTS=reflects,
             NEEDS_QK=qk,
             NEEDS_V=v,
@@ -668,12 +638,6 @@ def _constants(v: torch.Tensor, num_heads: int, window_size: int, tf32: bool) ->
 def _halves(map: Map) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys."""
     return map.data.chunk(2, 1)
-
-
-def _strides(*maps: Map | None) -> Iterator[int]:
-    """:func:`strides`, zero for what is not there."""
-    for map in maps:
-        yield from (0, 0) if map is None else strides(map)
 
 
 def _empty_bands(v: torch.Tensor, rows: int, columns: int, window_size: int, padding: Padding) -> Map:

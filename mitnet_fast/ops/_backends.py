@@ -6,7 +6,7 @@ C++ on CPU tensors, CUDA C++ on CUDA tensors) and ``triton`` (CUDA tensors; CPU 
 
 A backend asked for by name (argument, :func:`use_backend` or ``MITNET_FAST_BACKEND``, in this order)
 either runs or raises with every reason why it cannot; one that the latter two name for all families holds
-where a family has kernels of it for the device, and plain PyTorch runs elsewhere. Otherwise the first
+where an operator has kernels of it for the device, and plain PyTorch runs elsewhere. Otherwise the first
 one that can run is taken from the preference in ``preferences.json``, which records for every order what
 it rests on.
 """
@@ -109,7 +109,7 @@ def use_backend(backend: str | None = None, **families: str) -> Iterator[None]:
     It holds for the whole process, in which autograd runs backward passes on threads of its own.
 
     Args:
-        backend: "reference", "cpp" or "triton" for every family that has kernels of it for the device,
+        backend: "reference", "cpp" or "triton" for every operator that has kernels of it for the device,
             plain PyTorch for the others; None to name families only.
         **families: ``dynamic_filter=…``, ``amplitude_phase=…``, ``window_attention=…``, ``feature_mixing=…``.
 
@@ -162,8 +162,8 @@ def why_not(
     dtypes = kernels.dtypes.get((backend, device_type))
     if dtypes is None:
         if not any(name == backend for name, _ in kernels.dtypes):
-            return [f"{backend} has no kernels of the {kernels.family} family"]
-        return [f"{backend} has no kernels of the {kernels.family} family for {device_type} tensors"]
+            return [f"{backend} has no kernels of this {kernels.family} operator"]
+        return [f"{backend} has no kernels of this {kernels.family} operator for {device_type} tensors"]
     reasons = list(UNAVAILABLE.get((backend, device_type), ()))
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         reasons.append("torch.func transforms reach through plain PyTorch only")

@@ -26,7 +26,21 @@ from ._checks import (
 )
 from ._registration import define, differentiate, empty_for, or_empty
 
-KERNELS = Kernels("feature_mixing", {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})})
+ON_CPU = {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})}
+IN_TRITON = dict.fromkeys(
+    (("triton", "cuda"), ("triton", "cpu")), frozenset({torch.float32, torch.bfloat16, torch.float16})
+)
+# all channels of a tile of pixels share one program's registers
+LIMITS = {"channels": 128, "pixels per image": 2**30}
+PARTS_OF_LEGM = Kernels("feature_mixing", ON_CPU | IN_TRITON, dict.fromkeys(IN_TRITON, LIMITS))
+KERNELS = {
+    "pointwise_mlp": PARTS_OF_LEGM,
+    "local_mixing": PARTS_OF_LEGM,
+    "local_global_mixing": PARTS_OF_LEGM,
+    "normalized_qkv": PARTS_OF_LEGM,
+    "dense_block": Kernels("feature_mixing", ON_CPU),
+    "conv_relu": Kernels("feature_mixing", ON_CPU),
+}
 LOCAL_SIZE = 5  # of the depthwise convolution, pixels
 SMALLEST_SIDE = 3  # that reflection can continue by two pixels
 MEANINGS = {  # shapes of what is mixed
@@ -381,7 +395,8 @@ def _call(
     tensors = cast_like_convolution(*arguments.values())
     check_one_dtype(**dict(zip(arguments, tensors, strict=True)))
     x = tensors[0]
-    chosen = choose(KERNELS, backend, x.device.type, x.dtype)
+    sizes = {"channels": x.shape[1], "pixels per image": x.shape[2] * x.shape[3]}
+    chosen = choose(KERNELS[name], backend, x.device.type, x.dtype, sizes)
     if chosen == "reference":
         return getattr(reference, name)(*tensors)
     return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)

@@ -43,14 +43,14 @@ def test_a_backend_asked_for_runs_or_raises_with_every_reason(kernels, monkeypat
     monkeypatch.setattr(_backends, "UNAVAILABLE", {("triton", "cpu"): ("Triton is not installed",)})
     with pytest.raises(ops.BackendError, match=r"'triton' .*Triton is not installed; dtype float32 .*allowed: float16"):
         choose(kernels, "triton", "cpu", torch.float32)
-    with pytest.raises(ops.BackendError, match="no kernels of the dynamic_filter family for cuda tensors"):
+    with pytest.raises(ops.BackendError, match="no kernels of this dynamic_filter operator for cuda tensors"):
         choose(kernels, "cpp", "cuda", torch.float32)
     with pytest.raises(ValueError, match="got 'cudnn', allowed are None and 'reference', 'cpp', 'triton'"):
         choose(kernels, "cudnn", "cpu", torch.float32)
 
 
-def test_a_family_without_kernels_says_so():
-    with pytest.raises(ops.BackendError, match="triton has no kernels of the amplitude_phase family"):
+def test_an_operator_without_kernels_says_so():
+    with pytest.raises(ops.BackendError, match="triton has no kernels of this amplitude_phase operator"):
         choose(Kernels("amplitude_phase"), "triton", "cpu", torch.float32)
 
 
@@ -76,29 +76,35 @@ CHANNELS = {"channels": 256, "hidden channels": 256, "output channels": 256, PIX
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes", "taken"),
+    ("operator", "sizes", "taken"),
     [
         ("window_attention", ATTENTION, ["cpp", "triton"]),
         ("window_attention", ATTENTION | {"window_size": 17}, []),
         ("window_attention", ATTENTION | {"channels per head": 65}, []),
         ("window_attention", ATTENTION | {"channels per head of windows above 8×8": 33}, ["cpp"]),
         ("window_attention", ATTENTION | {PIXELS: 2**30 + 1}, ["cpp"]),
-        ("amplitude_phase", CHANNELS, ["cpp", "triton"]),
-        ("amplitude_phase", CHANNELS | {"channels": 257}, []),
-        ("amplitude_phase", CHANNELS | {"hidden channels": 257}, ["triton"]),
-        ("amplitude_phase", CHANNELS | {"output channels": 257}, ["triton"]),
-        ("amplitude_phase", CHANNELS | {PIXELS: 2**30 + 1}, ["cpp"]),
+        ("amplitude_phase_conv", CHANNELS, ["cpp", "triton"]),
+        ("amplitude_phase_conv", CHANNELS | {"channels": 257}, []),
+        ("amplitude_phase_conv", CHANNELS | {"hidden channels": 257}, ["triton"]),
+        ("amplitude_phase_conv", CHANNELS | {"output channels": 257}, ["triton"]),
+        ("amplitude_phase_conv", CHANNELS | {PIXELS: 2**30 + 1}, ["cpp"]),
         ("dynamic_filter", {PIXELS: 2**30}, ["cpp", "triton"]),
         ("dynamic_filter", {PIXELS: 2**30 + 1}, ["cpp"]),
+        *(
+            (operator, {"channels": channels, PIXELS: pixels}, ["triton"] if taken else [])
+            for operator in ("pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv")
+            for channels, pixels, taken in ((128, 2**30, True), (129, 2**30, False), (128, 2**30 + 1, False))
+        ),
     ],
     ids=str,
 )
-def test_what_no_gpu_kernel_takes_runs_in_plain_pytorch(monkeypatch, family, sizes, taken):
+def test_what_no_gpu_kernel_takes_runs_in_plain_pytorch(monkeypatch, operator, sizes, taken):
     monkeypatch.setattr(_backends, "UNAVAILABLE", {})
+    kernels = KERNELS[operator]
     for order in (["cpp", "triton", "reference"], ["triton", "cpp", "reference"]):
-        monkeypatch.setitem(_backends.PREFERENCES[family], "cuda", {"order": order})
+        monkeypatch.setitem(_backends.PREFERENCES[kernels.family], "cuda", {"order": order})
         expected = next((backend for backend in order if backend in taken), "reference")
-        assert choose(KERNELS[family], None, "cuda", torch.float32, sizes) == expected
+        assert choose(kernels, None, "cuda", torch.float32, sizes) == expected
 
 
 def test_calls_say_their_sizes(monkeypatch):
@@ -118,6 +124,11 @@ def test_calls_say_their_sizes(monkeypatch):
     assert torch.equal(ops.amplitude_phase_conv(x, *weights), expected)
     with pytest.raises(ops.BackendError, match="channels 257 is more than triton takes on cpu: at most 256"):
         ops.amplitude_phase_conv(x, *weights, backend="triton")
+    x = torch.randn(1, 129, 3, 3)
+    weights = torch.randn(3, 129), torch.randn(3), torch.randn(129, 3), torch.randn(129)
+    assert torch.equal(ops.pointwise_mlp(x, *weights), ops.pointwise_mlp(x, *weights, backend="reference"))
+    with pytest.raises(ops.BackendError, match="channels 129 is more than triton takes on cpu: at most 128"):
+        ops.pointwise_mlp(x, *weights, backend="triton")
 
 
 def test_context_forces_and_restores(kernels):
@@ -146,17 +157,17 @@ def test_a_backend_named_for_all_families_holds_where_there_are_kernels(kernels)
         assert choose(partial, None, "cuda", torch.float32) == "reference"
         with pytest.raises(ops.BackendError, match="dtype float16 is not supported"):
             choose(partial, None, "cpu", torch.float16)
-        with pytest.raises(ops.BackendError, match="no kernels of the feature_mixing family for cuda"):
+        with pytest.raises(ops.BackendError, match="no kernels of this feature_mixing operator for cuda"):
             choose(partial, "cpp", "cuda", torch.float32)
         with (
             ops.use_backend(feature_mixing="triton"),
-            pytest.raises(ops.BackendError, match="triton has no kernels of the feature_mixing family"),
+            pytest.raises(ops.BackendError, match="triton has no kernels of this feature_mixing operator"),
         ):
             choose(partial, None, "cpu", torch.float32)
         assert choose(partial, None, "cuda", torch.float32) == "reference"
     with (
         ops.use_backend(feature_mixing="cpp"),
-        pytest.raises(ops.BackendError, match="no kernels of the feature_mixing family for cuda"),
+        pytest.raises(ops.BackendError, match="no kernels of this feature_mixing operator for cuda"),
     ):
         choose(partial, None, "cuda", torch.float32)
 

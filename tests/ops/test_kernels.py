@@ -20,13 +20,13 @@ RUNNABLE = [
     pytest.param(spec, backend, device, id=f"{spec.name}-{backend}-{device}")
     for spec in SPECS
     for backend, device in itertools.product(("cpp", "triton"), DEVICES)
-    if (backend, device) != ("triton", "cpu") and not why_not(KERNELS[spec.family], backend, device, torch.float32)
+    if (backend, device) != ("triton", "cpu") and not why_not(KERNELS[spec.name], backend, device, torch.float32)
 ]
 every_kernel = pytest.mark.parametrize(("spec", "backend", "device"), RUNNABLE)
 
 
 def dtypes_of(spec, backend, device):
-    return sorted(KERNELS[spec.family].dtypes[backend, device], key=str)
+    return sorted(KERNELS[spec.name].dtypes[backend, device], key=str)
 
 
 def typical(spec, dtype=torch.float32, layout="contiguous"):
