@@ -45,7 +45,7 @@ from mitnet_fast.data.images import write_image
 from mitnet_fast.data.paired import PairedImages
 from mitnet_fast.data.photographs import photographs
 from mitnet_fast.models import DCMPNet, MITNet
-from mitnet_fast.specs import relative_error
+from mitnet_fast.specs import TF32_EPS, relative_error
 from mitnet_fast.training import Configuration, System, build_system, load_config
 from mitnet_fast.training.loader import batches
 from mitnet_fast.training.sampler import EpochBatches
@@ -262,7 +262,7 @@ def restores_alike(network: str, implementation: Implementation, device: str, dt
             )
         errors.append(relative_error(restored, truth))
         plain_errors.append(plain_error)
-    rounding = 8 * torch.finfo(torch.float32).eps
+    rounding = 8 * (TF32_EPS if float32_precision(device) == "TF32" else torch.finfo(torch.float32).eps)
     return statistics.median(errors) <= max(4 * statistics.median(plain_errors), rounding)
 
 

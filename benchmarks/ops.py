@@ -169,6 +169,7 @@ def check(
     if not any(name.startswith("compile") for name in functions):  # which would compile for another size
         sides = {side: min(case.sizes[side], CHECKED_SIDE) for side in ("height", "width")}
         case = replace(case, sizes=case.sizes | sides)
+    case = replace(case, tf32=precision(spec, case, device) == "TF32")
     tensors = {name: t if t is None else t.requires_grad_() for name, t in spec.inputs(case, device).items()}
     gradient = spec.gradient(case, spec.uninitialized(case, device))
     expected: dict[str, tuple[Mapping[str, torch.Tensor], ...]] = {}
@@ -187,7 +188,7 @@ def check(
             continue
         fits = all(
             relative_error(result, truth[of])
-            <= allowed_error(case.dtype, relative_error(eager[of], truth[of]), truth[of], absolute[of])
+            <= allowed_error(case.dtype, relative_error(eager[of], truth[of]), truth[of], absolute[of], tf32=case.tf32)
             for of, result in zip(truth, results, strict=True)
         )
         yield name, None if fits else "fails its check"
@@ -263,7 +264,7 @@ def _shape(case: Case) -> str:
 
 def precision(spec: OpSpec, case: Case, device: str) -> str:
     """How the operator multiplies float32: window attention as matrix products do, the others as convolutions."""
-    if case.dtype != torch.float32:
+    if case.dtype != torch.float32 or not spec.multiplies:
         return "IEEE"
     return float32_precision(device, matrix_products=spec.family == "window_attention")
 

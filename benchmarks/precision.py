@@ -6,7 +6,7 @@ WEIGHTS are those that ``mitnet-fast demo`` and ``mitnet-fast demo --system dcmp
 others. The images are the demo's: photographs that its training has never seen, under haze drawn from the
 same ranges. Every setting restores the same images; its PSNR and SSIM are held against those of float32,
 beside the largest change of any 8-bit value. "everything" computes the whole network in that
-precision, the other rows one part alone and the rest in float32: what a part can be trusted with.
+precision, the other rows one part alone and the rest in float32 (IEEE): what a part can be trusted with.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mitnet_fast.data.haze import sample_haze
 from mitnet_fast.data.photographs import photographs
 from mitnet_fast.demo import AIRLIGHT, BETA, DRAWS, HELD_OUT, SCORING_SEED, SIDE
 from mitnet_fast.evaluation import score
+from mitnet_fast.specs import float32_products
 from mitnet_fast.weights import load_weights
 
 from .measure import environment, write_results
@@ -118,26 +119,12 @@ def autocast_within(modules: Sequence[nn.Module], dtype: torch.dtype, device: st
         raise RuntimeError("none of the modules of a part was called, so nothing was computed in its precision")
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Float32 products and convolutions of a GPU in TF32."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
 def precisions(model: nn.Module, device: str) -> Iterator[tuple[str, str, Callable[[], AbstractContextManager]]]:
     """Part, precision and the context that a network is run in, float32 first."""
     yield EVERYTHING, "float32", nullcontext
     halves = {"bfloat16": torch.bfloat16} | ({"float16": torch.float16} if device == "cuda" else {})
     if device == "cuda":
-        yield EVERYTHING, "TF32", tf32
+        yield EVERYTHING, "TF32", partial(float32_products, "tf32")
     for name, dtype in halves.items():
         yield EVERYTHING, name, partial(torch.autocast, device, dtype)
     for part, modules in parts(model).items():
@@ -172,7 +159,7 @@ def measure(model: nn.Module, images: Sequence[Image], device: str) -> list[Row]
     rows: list[Row] = []
     exact: list[torch.Tensor] = []
     for part, name, context in precisions(model, device):
-        with context():
+        with float32_products("ieee"), context():
             restored = [model.restore(hazy[None].to(device))[0].float().cpu().clamp(0, 1) for hazy, _ in images]
         exact = exact or restored
         scores = [score(result, clear) for result, (_, clear) in zip(restored, images, strict=True)]

@@ -13,7 +13,7 @@ inputs). For every tensor, outputs and gradients alike, the error is the relativ
   a few hundred; the median over a sweep of random cases must stay within 1.5 of eager's.
 - The second is what rounding alone may do, where eager happens to be lucky: each of the summed terms
   is rounded to ``eps`` of the dtype, whatever their order.
-- float64: 1e-12.
+- float64: 1e-12. In TF32 ``eps`` is that of the factors, 2^-10, however plain PyTorch computes on a CPU.
 - An operator that jumps where rounding may decide on which side it lands, as the phase of a spectrum
   does at ±π, is compared from what the kernel saw: truth and plain PyTorch both start there. Where
   its derivative jumps, as that of a LeakyReLU does at 0, rounding may land on either side: twice
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log2, prod
@@ -51,6 +52,7 @@ from .reference.window_attention import padding
 Results = torch.Tensor | tuple[torch.Tensor, ...]
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
 FLOAT64_LIMIT = 1e-12
+TF32_EPS = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Case:
         dtype: of all tensors.
         layout: of the maps, one of ``LAYOUTS``.
         seed: of the generator that fills them.
+        tf32: whether float32 products are in TF32, as a GPU has them; else they are IEEE's.
     """
 
     sizes: Mapping[str, int]
@@ -70,10 +73,21 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     seed: int = 0
+    tf32: bool = False
 
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in (*self.sizes.items(), *self.options.items())]
-        return " ".join([*parts, str(self.dtype).removeprefix("torch."), self.layout, f"seed={self.seed}"])
+        return " ".join([*parts, self.arithmetic, self.layout, f"seed={self.seed}"])
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype by name, or "tf32"."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def eps(self) -> float:
+        """Twice the relative error with which a factor of a product is rounded at the most."""
+        return TF32_EPS if self.tf32 else torch.finfo(self.dtype).eps
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class OpSpec:
             (a multiplication and an addition each) and transforms, with nothing computed a second time.
         only_added: arguments whose values the backward does not need, since they are only added. A map among
             them has the incoming gradient for its own.
+        multiplies: whether it has products of matrices, which a GPU may compute in TF32.
         casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
             float32 and returns the dtype of its map.
         results: names of what is returned.
@@ -118,6 +133,7 @@ class OpSpec:
     benchmark_cases: Sequence[Case]
     flops: Callable[[Case], tuple[int, int]]
     only_added: tuple[str, ...] = ()
+    multiplies: bool = True
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
@@ -209,6 +225,20 @@ class Comparison:
         return self.error / self.eager_error
 
 
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Convolutions and matrix products of float32 on a GPU in "ieee" or "tf32" while the context is open."""
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     """Relative L2 distance in float64; infinite for another shape or anything that is not finite."""
     if actual.shape != truth.shape or not torch.isfinite(actual).all():
@@ -218,13 +248,16 @@ def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     return distance if distance == 0 else distance / max(float(truth.norm()), 1e-300)
 
 
-def allowed_error(dtype: torch.dtype, eager_error: float, truth: torch.Tensor, absolute: torch.Tensor) -> float:
+def allowed_error(
+    dtype: torch.dtype, eager_error: float, truth: torch.Tensor, absolute: torch.Tensor, *, tf32: bool = False
+) -> float:
     """The tolerance rule of this module for one tensor."""
     if dtype == torch.float64:
         return FLOAT64_LIMIT
     norm = float(truth.double().norm())
     # of what is no sum of products, such as a phase, absolute values may give less than the values did
-    rounding = 8 * torch.finfo(dtype).eps * max(1.0, float(absolute.double().norm()) / norm) if norm else 0.0
+    eps = TF32_EPS if tf32 else torch.finfo(dtype).eps
+    rounding = 8 * eps * max(1.0, float(absolute.double().norm()) / norm) if norm else 0.0
     return max(4 * eager_error, rounding)
 
 
@@ -278,7 +311,7 @@ def expectations(
     truth, absolute = plain(lambda t: t.double()), plain(lambda t: t.double().abs(), spec.absolute)
     if formula and case.dtype != torch.float64:
         for name, other in plain(lambda t: t.double(), partial(formula, other_side=True)).items():
-            absolute[name] = absolute[name] + (other - truth[name]).abs() / (4 * torch.finfo(case.dtype).eps)
+            absolute[name] = absolute[name] + (other - truth[name]).abs() / (4 * case.eps)
     return truth, absolute, plain(lambda t: t)
 
 
@@ -302,15 +335,16 @@ def compare(
     """
     tensors = spec.inputs(case, device)
     gradient = spec.gradient(case, spec.uninitialized(case, device))
-    truth, absolute, eager = expectations(spec, case, tensors, gradient, backend, needs)
-    actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
-    again = outputs_and_gradients(spec, case, tensors, gradient, backend, needs) if twice else actual
+    with float32_products("tf32" if case.tf32 else "ieee"):
+        truth, absolute, eager = expectations(spec, case, tensors, gradient, backend, needs)
+        actual = outputs_and_gradients(spec, case, tensors, gradient, backend, needs)
+        again = outputs_and_gradients(spec, case, tensors, gradient, backend, needs) if twice else actual
     return [
         Comparison(
             name,
             relative_error(actual[name].cpu(), truth[name]) if truth[name].numel() else float(actual[name].numel()),
             eager_error := relative_error(eager[name], truth[name]) if truth[name].numel() else 0.0,
-            allowed_error(case.dtype, eager_error, truth[name], absolute[name]),
+            allowed_error(case.dtype, eager_error, truth[name], absolute[name], tf32=case.tf32),
             torch.equal(actual[name], again[name]) or bool(actual[name].isnan().any()),
         )
         for name in truth
@@ -412,6 +446,7 @@ DYNAMIC_FILTER = OpSpec(
     family="dynamic_filter",
     shapes=_dynamic_filter_shapes,
     maps=("x", "filters"),
+    multiplies=False,
     output_shape=lambda case: _dynamic_filter_shapes(case)["x"],
     cases=(
         _case(1, 1, 1, 1),
@@ -560,7 +595,7 @@ def _amplitude_phase_as_seen(
 
     def on_the_other_side(values, kernel, bias, negative_slope):
         hidden = F.conv2d(values, kernel, bias)
-        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(values.abs(), kernel.abs(), bias.abs())
+        rounding = 8 * case.eps * F.conv2d(values.abs(), kernel.abs(), bias.abs())
         return hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, negative_slope)
 
     return formula
@@ -719,7 +754,7 @@ def _mlp_as_seen(
             return reference.pointwise_mlp(x, weight1, bias1, weight2, bias2)
         kernel = weight1[..., None, None]
         hidden = F.conv2d(x, kernel, bias1)
-        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), kernel.abs(), bias1.abs())
+        rounding = 8 * case.eps * F.conv2d(x.abs(), kernel.abs(), bias1.abs())
         passes = (hidden > 0) != (hidden.abs() <= rounding)
         return x + F.conv2d(hidden * passes, weight2[..., None, None], bias2)
 
@@ -769,7 +804,7 @@ def _dense_as_seen(
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: int) -> torch.Tensor:
         sum_of_products = F.conv2d(x, weight, bias, **options)
-        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), **options)
+        rounding = 8 * case.eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), **options)
         return sum_of_products * ((sum_of_products > 0) != (sum_of_products.abs() <= rounding))
 
     def formula(
@@ -820,7 +855,7 @@ def _conv_as_seen(
         factor, summand = scale[:, None, None], shift[:, None, None]
         result = F.conv2d(maps, weight, padding=1) * factor + summand
         largest = F.conv2d(maps.abs(), weight.abs(), padding=1) * factor.abs() + summand.abs()
-        return result * ((result > 0) != (result.abs() <= 8 * torch.finfo(case.dtype).eps * largest))
+        return result * ((result > 0) != (result.abs() <= 8 * case.eps * largest))
 
     return formula
 

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class Check:
         backend: what ran it.
         device: type of the device.
         case: the call, written out.
-        dtype: of the call.
+        dtype: of the call; "tf32" for float32 with products in TF32.
         tensor: ``y`` or ``grad_<argument>``.
         error: relative L2 distance to float64.
         ratio: error relative to that of plain PyTorch in the same dtype.
@@ -155,8 +155,7 @@ def verify(
 
 def check_call(spec: OpSpec, case: Case, backend: str, device: str) -> list[Check]:
     """All tensors of one call, made twice by a kernel; a call that raises is one failed check."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    names = spec.name, backend, device, str(case), dtype
+    names = spec.name, backend, device, str(case), case.arithmetic
     try:
         # libraries behind plain PyTorch round as their arguments happen to lie in memory
         comparisons = compare(spec, case, backend, device, twice=backend != "reference")
@@ -204,6 +203,8 @@ def _calls(
                 for case in spec.cases:
                     for variant in spec.dtypes_and_layouts(case, runnable):
                         yield spec, variant, name, device
+                        if device == "cuda" and variant.dtype == torch.float32 and spec.multiplies:
+                            yield spec, replace(variant, tf32=True), name, device
                 for seed in range(random_cases):
                     yield spec, spec.random_case(seed, runnable), name, device
 

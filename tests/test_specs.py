@@ -8,8 +8,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mitnet_fast import ops
 from mitnet_fast.reference.feature_mixing import NORM_EPS
-from mitnet_fast.specs import AMPLITUDE_PHASE_CONV, NORMALIZED_QKV, SPECS, expectations, outputs_and_gradients
+from mitnet_fast.specs import (
+    AMPLITUDE_PHASE_CONV,
+    NORMALIZED_QKV,
+    SPECS,
+    compare,
+    expectations,
+    outputs_and_gradients,
+)
 
 LARGE, MIDDLE, SMALL = 2 * 256 * 256, 2 * 128 * 128, 2 * 16 * 16  # pixels of a batch
 FILTER = 180 * 20 + 2 * 180  # weight and bias of each sample, for 3×3 filters of 20 channels
@@ -85,6 +93,33 @@ def test_no_terms_cancel_in_the_bound_of_a_norm():
     standardized = torch.group_norm(size["x"], 1, eps=NORM_EPS).abs()
     torch.testing.assert_close(absolute["grad_norm_weight"], (grad_normalized * standardized).sum((0, 2, 3)))
     torch.testing.assert_close(absolute["grad_norm_bias"], grad_normalized.sum((0, 2, 3)))
+
+
+def rounded_to_tf32(tensor):
+    """The nearest float32 with 10 bits after the point, with the gradient of the identity."""
+    bits = (tensor.detach().view(torch.int32) + 0x1000) & ~0x1FFF
+    return tensor + (bits.view(torch.float32) - tensor).detach()
+
+
+@every_operator
+def test_factors_of_ten_bits_are_within_what_tf32_may_differ_by_and_no_more(spec, monkeypatch):
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    computed, seen = getattr(ops, spec.name), []
+
+    def in_tf32(*, backend, **arguments):
+        if backend == "cpp":
+            seen.append([setting.fp32_precision for setting in settings])
+            tensors = {name: t for name, t in arguments.items() if isinstance(t, torch.Tensor)}
+            arguments |= {name: rounded_to_tf32(tensor) for name, tensor in tensors.items()}
+        return computed(**arguments, backend=backend)
+
+    monkeypatch.setattr(ops, spec.name, in_tf32)
+    case = replace(spec.typical, dtype=torch.float32)
+    assert all(comparison.passed for comparison in compare(spec, replace(case, tf32=True), "cpp"))
+    assert not all(comparison.passed for comparison in compare(spec, case, "cpp"))
+    assert seen == [["tf32", "tf32"], ["ieee", "ieee"]]
+    assert [setting.fp32_precision for setting in settings] == before
 
 
 @every_operator

@@ -110,6 +110,21 @@ def test_every_operator_of_a_family_is_called_in_every_dtype_and_layout(family):
     assert said == []
 
 
+def test_a_gpu_is_checked_in_float32_and_in_tf32(monkeypatch):
+    monkeypatch.setattr(verification, "why_not", lambda *_: [])
+    called = []
+    monkeypatch.setattr(verification, "check_call", lambda spec, case, *where: called.append((spec, case, where)) or [])
+    verify(None, "triton", devices=["cuda"])
+    for spec in SPECS:
+        cases = [case for of, case, where in called if (of, where) == (spec, ("triton", "cuda"))]
+        exact = [case for case in cases if not case.tf32]
+        kernels = KERNELS[spec.name].dtypes.get(("triton", "cuda"), frozenset())
+        assert len(exact) == len(spec.cases) * len(kernels) * len(LAYOUTS)
+        in_tf32 = [case for case in exact if case.dtype == torch.float32 and spec.multiplies]
+        assert [case for case in cases if case.tf32] == [replace(case, tf32=True) for case in in_tf32]
+        assert all("tf32" in str(case) for case in cases if case.tf32)
+
+
 def test_what_cannot_run_is_said_with_its_reasons(small, monkeypatch):
     monkeypatch.setitem(_backends.UNAVAILABLE, ("triton", "cuda"), ("Triton is not installed",))
     checked = verify(None, "triton", devices=["cuda"])
