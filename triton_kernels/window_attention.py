@@ -22,7 +22,7 @@ over its windows, then over programs, then over pairs. No atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -596,7 +596,7 @@ def window_attention_backward(
             *(value_band.data if v and reflects else None, bias_sums),
             *(windows, rows, columns, height, width, *padding, run),
             *strides(grads, products, values),
-            *_strides(grad_qk, grad_v, key_band or value_band),
+            *strides(grad_qk, grad_v, key_band or value_band),
             GRAD_STRIDE_P=grads.stride_p,
             QK_STRIDE_P=products.stride_p,
             V_STRIDE_P=values.stride_p,
@@ -668,12 +668,6 @@ def _constants(v: torch.Tensor, num_heads: int, window_size: int, tf32: bool) ->
 def _halves(map: Map) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys."""
     return map.data.chunk(2, 1)
-
-
-def _strides(*maps: Map | None) -> Iterator[int]:
-    """:func:`strides`, zero for what is not there."""
-    for map in maps:
-        yield from (0, 0) if map is None else strides(map)
 
 
 def _empty_bands(v: torch.Tensor, rows: int, columns: int, window_size: int, padding: Padding) -> Map:

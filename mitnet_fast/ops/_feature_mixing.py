@@ -26,7 +26,15 @@ from ._checks import (
 )
 from ._registration import define, differentiate, empty_for, or_empty
 
-KERNELS = Kernels("feature_mixing", {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})})
+HALF = frozenset({torch.float32, torch.bfloat16, torch.float16})
+KERNELS = Kernels(
+    "feature_mixing",
+    {
+        ("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16}),
+        ("triton", "cuda"): HALF,
+        ("triton", "cpu"): HALF,
+    },
+)
 LOCAL_SIZE = 5  # of the depthwise convolution, pixels
 SMALLEST_SIDE = 3  # that reflection can continue by two pixels
 MEANINGS = {  # shapes of what is mixed
@@ -484,7 +492,7 @@ _register(
         "deviation": lambda x, *_: x.new_empty(x.shape[0]),
     },
 )
-_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))
+_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"), in_triton="convolution")
 
 
 def _conv_relu_backward(grad, y, x, joined, weight, scale, shift, needs):
@@ -523,4 +531,5 @@ _register(
     results={"": lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0])},
     run_backward=_conv_relu_backward,
     keeps_result=True,
+    in_triton="convolution",
 )
