@@ -91,22 +91,37 @@ def _add_products(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y [pixels, outputs] and in float32 the products of one sample's map with its weights, LEAD channels behind."""
+    """y [pixels, outputs] and in float32 the products of one sample's map with its weights, LEAD channels behind.
+
+    Where all taps of all channels fill no more than a block, they are one, else the channels of each tap have blocks.
+    """
     TAPS: tl.constexpr = KERNEL * KERNEL
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    p_offsets = (h * width + w).to(OFFSET)
+    p_offsets = (h * width + w).to(OFFSET)[:, None]
     o_offsets = o[None, :] * WEIGHT_STRIDE_O
     has_output = (o < OUT)[None, :]
-    for step in range(BLOCKS * TAPS):  # one loop, which the compiler pipelines; the taps of a block share its pixels
-        tap = step % TAPS
-        c = step // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
-        has_channel = c < CHANNELS
-        distance, inside = neighbour(h, w, tap, height, width, KERNEL, DILATION, OFFSET)
-        x_ptrs = x_ptr + (p_offsets + distance)[:, None] * STRIDE_P + c.to(OFFSET)[None, :] * stride_c
-        x = tl.load(x_ptrs, mask=inside[:, None] & has_channel[None, :], other=0.0)
-        weight_ptrs = weight_ptr + tap * WEIGHT_STRIDE_T + (LEAD + c)[:, None] * WEIGHT_STRIDE_C + o_offsets
-        weight = tl.load(weight_ptrs, mask=has_channel[:, None] & has_output, other=0.0)
+    if TAPS * CHANNELS <= BLOCK_C:
+        row = tl.arange(0, BLOCK_C)
+        tap = row // CHANNELS
+        c = row % CHANNELS
+        has_row = row < TAPS * CHANNELS
+        distance, inside = neighbour(h[:, None], w[:, None], tap[None, :], height, width, KERNEL, DILATION, OFFSET)
+        x_ptrs = x_ptr + (p_offsets + distance) * STRIDE_P + c.to(OFFSET)[None, :] * stride_c
+        x = tl.load(x_ptrs, mask=inside & has_row[None, :], other=0.0)
+        weight_ptrs = weight_ptr + (tap * WEIGHT_STRIDE_T + (LEAD + c) * WEIGHT_STRIDE_C)[:, None] + o_offsets
+        weight = tl.load(weight_ptrs, mask=has_row[:, None] & has_output, other=0.0)
         y = tl.dot(x.to(OPERAND), weight.to(OPERAND), y, input_precision=PRECISION)
+    else:
+        BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+        for step in range(BLOCKS * TAPS):  # one loop, which the compiler pipelines; taps of a block share its pixels
+            tap = step % TAPS
+            c = step // TAPS * BLOCK_C + tl.arange(0, BLOCK_C)
+            has_channel = c < CHANNELS
+            distance, inside = neighbour(h, w, tap, height, width, KERNEL, DILATION, OFFSET)
+            x_ptrs = x_ptr + (p_offsets + distance) * STRIDE_P + c.to(OFFSET)[None, :] * stride_c
+            x = tl.load(x_ptrs, mask=inside[:, None] & has_channel[None, :], other=0.0)
+            weight_ptrs = weight_ptr + tap * WEIGHT_STRIDE_T + (LEAD + c)[:, None] * WEIGHT_STRIDE_C + o_offsets
+            weight = tl.load(weight_ptrs, mask=has_channel[:, None] & has_output, other=0.0)
+            y = tl.dot(x.to(OPERAND), weight.to(OPERAND), y, input_precision=PRECISION)
     return y
 
 
@@ -150,7 +165,7 @@ def _convolution_kernel(
     WEIGHT_STRIDE_T: tl.constexpr,
     WEIGHT_STRIDE_C: tl.constexpr,
     WEIGHT_STRIDE_O: tl.constexpr,
-    SIDE_CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
     SIDE_JOINED: tl.constexpr,
     SIDE_WEIGHT_STRIDE_C: tl.constexpr,
     SIDE_WEIGHT_STRIDE_O: tl.constexpr,
@@ -203,11 +218,11 @@ def _convolution_kernel(
         y += tl.load(bias_ptr + o, mask=has_output, other=0.0).to(tl.float32)[None, :]
     if ACTIVATED:
         y = _leaky(y, y, NEGATIVE_SLOPE)
-    if SIDE_CHANNELS:
+    if SIDE:
         side = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
         side = _add_products(
             *(side, side_ptr + n * side_stride_n, side_weight_ptr, h, w, o, height, width, side_stride_c),
-            *(SIDE_STRIDE_P, OFFSET, SIDE_CHANNELS, OUT, 1, 1),
+            *(SIDE_STRIDE_P, OFFSET, SIDE, OUT, 1, 1),
             *(0, 0, SIDE_WEIGHT_STRIDE_C, SIDE_WEIGHT_STRIDE_O, OPERAND, PRECISION, BLOCK_C),
         )
         if SIDE_JOINED:
@@ -215,7 +230,7 @@ def _convolution_kernel(
             side = _add_products(
                 *(side, side_joined_ptr, side_weight_ptr, h, w, o, height, width, side_joined_stride_c),
                 *(SIDE_JOINED_STRIDE_P, OFFSET, SIDE_JOINED, OUT, 1, 1),
-                *(SIDE_CHANNELS, 0, SIDE_WEIGHT_STRIDE_C, SIDE_WEIGHT_STRIDE_O, OPERAND, PRECISION, BLOCK_C),
+                *(SIDE, 0, SIDE_WEIGHT_STRIDE_C, SIDE_WEIGHT_STRIDE_O, OPERAND, PRECISION, BLOCK_C),
             )
         if side_bias_ptr is not None:
             side += tl.load(side_bias_ptr + o, mask=has_output, other=0.0).to(tl.float32)[None, :]
@@ -584,7 +599,9 @@ def _part(map: Map, channels: slice) -> Map:
     return map._replace(data=map.data[:, channels])
 
 
-def _wanted(found: Sequence[torch.Tensor | None], needs: Sequence[bool], dtype: torch.dtype) -> tuple:
+def _wanted(
+    found: Sequence[torch.Tensor | None], needs: Sequence[bool], dtype: torch.dtype
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients that are needed, in ``dtype``."""
     return tuple(gradient.to(dtype) if needed else None for gradient, needed in zip(found, needs, strict=True))
 
@@ -629,7 +646,9 @@ def _convolve(
     maps = {"X": x, "JOINED": joined, "SIDE": side_x, "SIDE_JOINED": side_joined, "OTHER": other, "Y": y}
     channels = [0 if map is None else map.data.shape[1] for map in (x, joined, side_x, side_joined)]
     blocks = configuration(y.data.device, FAMILY, "convolution", product_kind(y.data, tf32), out)
-    blocks["BLOCK_C"] = power_of_two(max(channels), at_most=blocks["BLOCK_C"])
+    taps, most = len(factors.weight), blocks["BLOCK_C"]
+    rows = [taps * count if taps * count <= most else count for count in channels[:2]]
+    blocks["BLOCK_C"] = power_of_two(max(*rows, *channels[2:]), at_most=most)
     blocks["BLOCK_O"] = power_of_two(out, at_most=blocks["BLOCK_O"])
     groups, programs = triton.cdiv(out, blocks["BLOCK_O"]), blocks.pop("programs")
     while blocks["BLOCK_P"] > 16 and batch * groups * triton.cdiv(height * width, blocks["BLOCK_P"]) < programs:
@@ -649,7 +668,7 @@ def _convolve(
         WEIGHT_STRIDE_T=weight.stride(0),
         WEIGHT_STRIDE_C=weight.stride(1),
         WEIGHT_STRIDE_O=weight.stride(2),
-        SIDE_CHANNELS=channels[2],
+        SIDE=channels[2],
         SIDE_JOINED=channels[3],
         SIDE_WEIGHT_STRIDE_C=0 if side is None else side_weight.stride(1),
         SIDE_WEIGHT_STRIDE_O=0 if side is None else side_weight.stride(2),
@@ -669,7 +688,8 @@ def _convolve(
 def _two(factors: Factors | None) -> tuple[Map | None, Map | None]:
     """The maps of a product, None for one that is not there or has no channels."""
     maps = [] if factors is None else [map for map in factors.maps if map.data.shape[1]]
-    return tuple([*maps, None, None][:2])
+    first, second, *_ = *maps, None, None
+    return first, second
 
 
 def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:

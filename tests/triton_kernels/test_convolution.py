@@ -222,6 +222,7 @@ def test_weights_of_any_strides():
     assert torch.equal(actual, launchers.conv_relu_forward(x, joined, *contiguous, False))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's library
 def test_what_is_not_finite_stays_visible():
     x = torch.zeros(1, 1, 5, 7, device=DEVICE)
     x[0, 0, 1, 1], x[0, 0, 3, 5] = float("nan"), float("-inf")
