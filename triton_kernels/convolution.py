@@ -91,9 +91,9 @@ def _add_products(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y [pixels, outputs] and in float32 the products of one sample's map with its weights, LEAD channels behind.
+    """y [pixels, outputs], and in float32 the products of one sample's map with its weights from channel LEAD on.
 
-    Where all taps of all channels fill no more than a block, they are one, else the channels of each tap have blocks.
+    The contraction goes over blocks of a tap's channels; all taps of few channels are one block.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     p_offsets = (h * width + w).to(OFFSET)[:, None]
@@ -186,8 +186,8 @@ def _convolution_kernel(
 
     Grid: batch × pixel tiles × output groups, groups fastest, since they share the pixels. A program owns BLOCK_P
     pixels of BLOCK_O output channels and sums over taps and channels in float32, BLOCK_C channels at a time.
-    OTHER says what the other map is: the SUMMAND of y, the RESULT of an activation whose gradient y is, or the
-    GRADIENT of an activation whose argument y is.
+    OTHER says what the other map is: a "summand" of y; the "result" of an activation, y the gradient of that; or the
+    "gradient" of an activation's result, y its argument.
     """
     tiles = tl.cdiv(height * width, BLOCK_P)
     groups: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
@@ -637,8 +637,8 @@ def _convolve(
         side_bias: [Co].
         side_scale: of the side product and its bias.
         other: map like y.
-        other_is: the "summand" of y; the "result" of an activation, whose gradient y is; or the "gradient" of an
-            activation's result, whose argument y is.
+        other_is: a "summand" of y; the "result" of an activation, y the gradient of that; or the "gradient" of an
+            activation's result, y its argument.
     """
     batch, out, height, width = y.data.shape
     x, joined = _two(factors)

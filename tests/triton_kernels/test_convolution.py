@@ -50,9 +50,7 @@ def residual_conv_as_seen(case, tensors, backend):
         rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1)
         return hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, slope)
 
-    def formula(
-        x, joined, weight1, bias1, weight2, bias2, identity_weight, identity_bias, other_side=False
-    ):  # fmt: skip
+    def formula(x, joined, weight1, bias1, weight2, bias2, identity_weight, identity_bias, other_side=False):
         maps = x if joined is None else torch.cat([x, joined], 1)
         identity = F.conv2d(maps, identity_weight[..., None, None], identity_bias)
         return layer(layer(maps, weight1, bias1, other_side), weight2, bias2, other_side) + scale * identity
