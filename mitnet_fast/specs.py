@@ -100,8 +100,8 @@ class OpSpec:
         casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
             float32 and returns the dtype of its map.
         results: names of what is returned.
-        deviations: case to the standard deviations of arguments, where they are not 1: weights of so many layers in a
-            row that the last ones' results would otherwise leave float16's range.
+        deviations: case to the standard deviations of arguments, where they are not 1: of the weights of so many layers
+            in a row that the last ones' results would otherwise leave float16's range.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
             ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
@@ -120,12 +120,12 @@ class OpSpec:
     only_added: tuple[str, ...] = ()
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
-    deviations: Callable[[Case], Mapping[str, float]] = lambda case: {}
+    deviations: Callable[[Case], Mapping[str, float]] | None = None
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
         """The tensor arguments of ``case``: the same values on every device, normally distributed around 0."""
-        tensors, deviations = {}, self.deviations(case)
+        tensors, deviations = {}, self.deviations(case) if self.deviations else {}
         for name, shape in self.shapes(case).items():
             if shape is None:
                 tensors[name] = None
