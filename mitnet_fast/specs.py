@@ -115,6 +115,8 @@ class OpSpec:
         casts_like_convolution: whether autocast makes it compute in half precision; else it computes in
             float32 and returns the dtype of its map.
         results: names of what is returned.
+        deviations: case to the standard deviations of arguments, where they are not 1: of the weights of so many layers
+            in a row that the last ones' results would otherwise leave float16's range.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
             ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
@@ -136,19 +138,21 @@ class OpSpec:
     multiplies: bool = True
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
+    deviations: Callable[[Case], Mapping[str, float]] | None = None
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
     absolute: Callable[..., Results] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
-        """The tensor arguments of ``case``: the same values on every device, standard normal."""
-        tensors = {}
+        """The tensor arguments of ``case``: the same values on every device, normally distributed around 0."""
+        tensors, deviations = {}, self.deviations(case) if self.deviations else {}
         for name, shape in self.shapes(case).items():
             if shape is None:
                 tensors[name] = None
                 continue
             generator = torch.Generator().manual_seed(case.seed * 1_000_003 + zlib.crc32(name.encode()))
             layout = case.layout if name in self.maps else "contiguous"
-            tensors[name] = _laid_out(shape, layout, generator, case.dtype).to(device)
+            values = _laid_out(shape, layout, generator, case.dtype)
+            tensors[name] = (values * deviations[name] if name in deviations else values).to(device)
         return tensors
 
     def uninitialized(self, case: Case, device: torch.device | str = "cpu") -> Results:
@@ -792,6 +796,11 @@ def _dense_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     return {"x": _mixing_map(case)} | weights | {"fuse_weight": (c, c + 5 * growth), "fuse_bias": (c,)}
 
 
+def _dense_deviations(case: Case) -> dict[str, float]:
+    c, growth = case.sizes["channels"], case.sizes["growth"]
+    return {"dense_weight": (9 * (c + 2 * growth)) ** -0.5, "fuse_weight": (c + 5 * growth) ** -0.5}
+
+
 def _random_dense(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     sizes, options = _random_mixing(random)
     return sizes | {"channels": random.choice((1, 3, 7, 24)), "growth": random.choice((1, 4, 20, 32))}, options
@@ -968,6 +977,7 @@ DENSE_BLOCK = OpSpec(
     random_sizes=_random_dense,
     benchmark_cases=(_mixed(2, 3, 128, 128, growth=32), _mixed(2, 48, 64, 64, growth=32)),
     flops=_convolutions(_dense_shapes, "dense_weight", "fuse_weight"),
+    deviations=_dense_deviations,
     as_seen=_dense_as_seen,
 )
 

@@ -86,21 +86,20 @@ def as_map(tensor: torch.Tensor) -> Map:
 
 
 def empty_map(like: torch.Tensor, channels: int | None = None) -> Map:
-    """An uninitialised result of the shape, dtype and layout (contiguous or channels_last) of ``like``.
+    """An uninitialised result of the size, dtype and layout (contiguous or channels_last) of ``like``.
 
     It has as many ``channels`` as are given, else those of ``like``.
     """
     channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (like.shape[0], channels or like.shape[1], *like.shape[2:])
+    shape = like.shape[0], like.shape[1] if channels is None else channels, *like.shape[2:]
     return as_map(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
 
 
 def strides(*maps: Map | None) -> Iterator[int]:
-    """Batch and channel stride of every map, in order; zeros for one that is not there."""
+    """Batch and channel stride of every map, in order; zero for what is not there."""
     for map in maps:
-        yield 0 if map is None else map.stride_n
-        yield 0 if map is None else map.stride_c
+        yield from (0, 0) if map is None else (map.stride_n, map.stride_c)
 
 
 def offset_type(*maps: Map | None) -> tl.dtype:
@@ -111,6 +110,20 @@ def offset_type(*maps: Map | None) -> tl.dtype:
         if map is not None
     )
     return tl.int32 if max(extents) < 2**30 else tl.int64
+
+
+@triton.jit
+def neighbour(h, w, tap, height, width, KERNEL: tl.constexpr, DILATION: tl.constexpr, OFFSET: tl.constexpr):
+    """Distance in pixels to the tap's neighbour of pixels (h, w), and whether both lie in the image.
+
+    The taps of a KERNEL×KERNEL convolution are DILATION pixels apart; negative, they are mirrored.
+    """
+    dy = (tap // KERNEL - KERNEL // 2) * DILATION
+    dx = (tap % KERNEL - KERNEL // 2) * DILATION
+    row = h + dy
+    column = w + dx
+    inside = (h < height) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return (dy * width + dx).to(OFFSET), inside
 
 
 def check_pixels(name: str, tensor: torch.Tensor) -> None:

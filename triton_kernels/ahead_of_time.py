@@ -17,17 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import amplitude_phase, dynamic_filter, feature_mixing, window_attention
+from . import amplitude_phase, convolution, dynamic_filter, feature_mixing, window_attention
 from ._common import COMPILER_OPTIONS, DTYPES, INTERPRETED, Launch, record_launches
 
 ARCHITECTURES = (80, 90, 100)
@@ -36,6 +37,9 @@ FILTERS = ((20, 256, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))  # channels, 
 PREDICTED_FILTERS = ((20, 256, 3), (40, 128, 3), (80, 64, 3), (20, 256, 1), (20, 256, 5), (20, 256, 7))
 WINDOWS = ((24, 2, 8), (96, 6, 8), (64, 1, 8), (24, 1, 4), (24, 2, 7), (24, 2, 16), (64, 2, 16))  # channels, heads, w
 MIXINGS = ((24, 256, 48), (48, 128, 192), (96, 64, 384))  # channels, side, hidden channels
+DENSE_BLOCKS = ((3, 256), (48, 64))  # channels, side
+RESIDUALS = ((20, 20, 20, 256), (80, 80, 80, 64), (80, 0, 160, 32))  # channels of both maps and the result, side
+CONVOLUTIONS = ((64, 64, 64, 128),)  # likewise
 TUNED_OPTIONS = ("num_warps", "num_stages")
 
 
@@ -67,10 +71,24 @@ def kernels(arch: int, *, every: bool = False) -> list[Kernel]:
             launches.clear()
             call()
             for launch in launches:
-                transposed = "_transposed" if launch.constants.get("TRANSPOSED") else ""
-                name = f"{launch.kernel.__name__.strip('_')}{transposed} {label}"
+                name = f"{launch.kernel.__name__.strip('_')}{_variant(launch.constants)} {label}"
                 found.setdefault(name, Kernel(name, launch))
     return list(found.values())
+
+
+def _variant(constants: Mapping[str, Any]) -> str:
+    """What tells a launch from others of its kernel in one call."""
+    if "DILATION" not in constants:
+        return "_transposed" if constants.get("TRANSPOSED") else ""
+    words = ["_transposed" if constants["DILATION"] < 0 else ""]
+    if constants["CHANNELS"]:
+        words.append("{KERNEL}×{KERNEL}".format(**constants))
+    if "JOINED" in constants:
+        words += [name.lower() for name in ("JOINED", "SIDE") if constants[name]]
+        words += [constants["OTHER"]] * bool(constants["OTHER"])
+    else:
+        words.append("of {CHANNELS}".format(**constants))
+    return " ".join(words)
 
 
 def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
@@ -86,6 +104,10 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
         yield _window_attention(24, 2, 8, torch.float32, torch.contiguous_format, True)
         yield from _feature_mixing(24, 256, 48, torch.bfloat16, torch.channels_last, False)
         yield from _feature_mixing(48, 128, 192, torch.float32, torch.channels_last, True)
+        yield _dense_block(3, 256, torch.bfloat16, torch.channels_last, False)
+        yield _residual_conv(20, 20, 20, 256, torch.bfloat16, torch.channels_last, False)
+        yield _residual_conv(20, 20, 20, 256, torch.float32, torch.channels_last, True)
+        yield _conv_relu(64, 64, 64, 128, torch.bfloat16, torch.channels_last, False)
         return
     for (channels, side, size), dtype, layout in _crossed(FILTERS):
         yield _dynamic_filter(channels, side, size, dtype, layout)
@@ -95,12 +117,14 @@ def _calls(every: bool) -> Iterator[tuple[Callable[[], object], str]]:
     for (channels, heads, window), dtype, layout in _crossed(WINDOWS):
         for tf32 in _precisions(dtype):
             yield _window_attention(channels, heads, window, dtype, layout, tf32)
-    for (channels, side, hidden), dtype, layout in _crossed(MIXINGS):
-        for tf32 in _precisions(dtype):
-            yield from _feature_mixing(channels, side, hidden, dtype, layout, tf32)
     for phase, tf32 in product((False, True), repeat=2):
         for channels, side in ((20, 256), (40, 128), (80, 64), (160, 32)):
             yield _amplitude_phase(channels, side, phase, tf32)
+    for shape, *kind in _as_trained(MIXINGS):
+        yield from _feature_mixing(*shape, *kind)
+    for call, shapes in ((_dense_block, DENSE_BLOCKS), (_residual_conv, RESIDUALS), (_conv_relu, CONVOLUTIONS)):
+        for shape, *kind in _as_trained(shapes):
+            yield call(*shape, *kind)
 
 
 def _crossed(shapes: Sequence[tuple]) -> Iterator[tuple[tuple, torch.dtype, torch.memory_format]]:
@@ -110,6 +134,15 @@ def _crossed(shapes: Sequence[tuple]) -> Iterator[tuple[tuple, torch.dtype, torc
         yield hot, dtype, layout
     for shape, dtype in product(others, (torch.float32, torch.bfloat16)):
         yield shape, dtype, torch.contiguous_format
+
+
+def _as_trained(shapes: Sequence[tuple]) -> Iterator[tuple[tuple, torch.dtype, torch.memory_format, bool]]:
+    """All shapes in channels_last in bfloat16 and TF32, the hot one in IEEE's float32 and in NCHW too."""
+    for shape in shapes:
+        yield shape, torch.bfloat16, torch.channels_last, False
+        yield shape, torch.float32, torch.channels_last, True
+    yield shapes[0], torch.float32, torch.channels_last, False
+    yield shapes[0], torch.bfloat16, torch.contiguous_format, False
 
 
 def _precisions(dtype: torch.dtype) -> tuple[bool, ...]:
@@ -194,6 +227,55 @@ def _feature_mixing(
             getattr(feature_mixing, f"{name}_backward")(*grads, *tensors, [True] * len(tensors), tf32)
 
         yield call, f"C={channels} {name} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
+def _dense_block(
+    channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> tuple[Callable[[], object], str]:
+    x, growth = _map(channels, side, dtype, layout), 32
+    shapes = (45 * growth * (channels + 2 * growth),), (5 * growth,), (channels, channels + 5 * growth), (channels,)
+    weights = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+    def call() -> None:
+        convolution.dense_block_forward(x, *weights, tf32)
+        convolution.dense_block_backward(x, x, *weights, [True] * 5, tf32)
+
+    return call, f"C={channels} G={growth} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
+def _residual_conv(
+    channels: int, joined: int, out: int, side: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> tuple[Callable[[], object], str]:
+    maps = _two_maps(channels, joined, side, dtype, layout)
+    both = channels + joined
+    shapes = (out, both, 3, 3), (out,), (out, out, 3, 3), (out,), (out, both), (out,)
+    weights = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    arguments = *maps, *weights, 1.0, 0.2
+
+    def call() -> None:
+        s = convolution.residual_conv_forward(*arguments, tf32)
+        convolution.residual_conv_backward(s, *arguments, [True, joined > 0, *[True] * 6], tf32)
+
+    return call, f"C={channels}+{joined}→{out} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
+def _conv_relu(
+    channels: int, joined: int, out: int, side: int, dtype: torch.dtype, layout: torch.memory_format, tf32: bool
+) -> tuple[Callable[[], object], str]:
+    maps = _two_maps(channels, joined, side, dtype, layout)
+    weight = torch.empty(out, channels + joined, 3, 3, dtype=dtype, device="meta")
+    scale = torch.empty(out, dtype=dtype, device="meta")
+
+    def call() -> None:
+        convolution.conv_relu_forward(*maps, weight, scale, scale, tf32)
+
+    return call, f"C={channels}+{joined}→{out} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
+
+
+def _two_maps(
+    channels: int, joined: int, side: int, dtype: torch.dtype, layout: torch.memory_format
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _map(channels, side, dtype, layout), _map(joined, side, dtype, layout) if joined else None
 
 
 def _map(channels: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:

@@ -32,6 +32,7 @@ from ._common import (
     divide,
     empty_map,
     launch,
+    neighbour,
     offset_type,
     operand_type,
     power_of_two,
@@ -42,18 +43,6 @@ from ._common import (
 
 FAMILY = "dynamic_filter"
 PIXELS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
-
-
-@triton.jit
-def _neighbour(h, w, tap, height, width, KERNEL: tl.constexpr, NEGATE: tl.constexpr, OFFSET: tl.constexpr):
-    """Distance in pixels to the tap's neighbour of pixels (h, w), and whether both lie in the image."""
-    dy = tap // KERNEL - KERNEL // 2
-    dx = tap % KERNEL - KERNEL // 2
-    if NEGATE:
-        dy = -dy
-        dx = -dx
-    inside = (h < height) & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
-    return (dy * width + dx).to(OFFSET), inside
 
 
 @triton.jit
@@ -85,6 +74,7 @@ def _filter_kernel(
     Grid: batch × channel groups × pixel tiles, tiles fastest. A program owns BLOCK_P pixels of BLOCK_C
     channels and sums over the taps in float32.
     """
+    DILATION: tl.constexpr = -1 if TRANSPOSED else 1
     tiles = tl.cdiv(height * width, BLOCK_P)
     groups: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     plane = tl.program_id(0) // tiles
@@ -106,7 +96,7 @@ def _filter_kernel(
         y += tl.load(x_ptr + x_offsets, mask=own, other=0.0).to(tl.float32)
     for row in range(KERNEL):
         for column in tl.static_range(KERNEL):
-            distance, inside = _neighbour(h, w, row * KERNEL + column, height, width, KERNEL, TRANSPOSED, OFFSET)
+            distance, inside = neighbour(h, w, row * KERNEL + column, height, width, KERNEL, DILATION, OFFSET)
             inside = inside[:, None] & has_channel
             neighbours = tl.load(x_ptr + distance * X_STRIDE_P + x_offsets, mask=inside, other=0.0)
             if TRANSPOSED:
@@ -162,7 +152,7 @@ def _grad_filters_kernel(
     grad_filters_offsets = p_offsets * GRAD_FILTERS_STRIDE_P + c_offsets * KERNEL * KERNEL * grad_filters_stride_c
     for row in range(KERNEL):
         for column in tl.static_range(KERNEL):
-            distance, inside = _neighbour(h, w, row * KERNEL + column, height, width, KERNEL, False, OFFSET)
+            distance, inside = neighbour(h, w, row * KERNEL + column, height, width, KERNEL, 1, OFFSET)
             x_ptrs = x_ptr + distance * X_STRIDE_P + x_offsets
             neighbours = tl.load(x_ptrs, mask=inside[:, None] & has_channel, other=0.0)
             product = grad * neighbours.to(tl.float32)
@@ -210,6 +200,7 @@ def _predicted_filter_kernel(
     tap's weight [FEATURES, BLOCK_C] and weighs the neighbours with the product, all sums in float32.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
+    DILATION: tl.constexpr = -1 if TRANSPOSED else 1
     tiles = tl.cdiv(height * width, BLOCK_P)
     groups: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     pixel_tile = tl.program_id(0) // groups
@@ -229,7 +220,7 @@ def _predicted_filter_kernel(
     if RESIDUAL:
         y += tl.load(x_ptr + x_offsets, mask=in_image & has_channel, other=0.0).to(tl.float32)
     for tap in range(TAPS):
-        distance, inside = _neighbour(h, w, tap, height, width, KERNEL, TRANSPOSED, OFFSET)
+        distance, inside = neighbour(h, w, tap, height, width, KERNEL, DILATION, OFFSET)
         filters = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for first in range(0, FEATURES, BLOCK_F):
             f = first + tl.arange(0, BLOCK_F)
@@ -308,7 +299,7 @@ def _grad_features_kernel(
         grad = tl.load(grad_ptrs, mask=in_image & has_channel, other=0.0).to(tl.float32)
         x_offsets = p_offsets * X_STRIDE_P + c_offsets * x_stride_c
         for tap in range(TAPS):
-            distance, inside = _neighbour(h, w, tap, height, width, KERNEL, False, OFFSET)
+            distance, inside = neighbour(h, w, tap, height, width, KERNEL, 1, OFFSET)
             x_ptrs = x_ptr + distance * X_STRIDE_P + x_offsets
             neighbours = tl.load(x_ptrs, mask=inside[:, None] & has_channel, other=0.0)
             products = (grad * neighbours.to(tl.float32)).to(x_ptr.dtype.element_ty)
@@ -401,7 +392,7 @@ def _grad_weight_kernel(
             in_image = (p < height * width)[:, None]
             grad_ptrs = grad_ptr + n * grad_stride_n + p_offsets * GRAD_STRIDE_P + grad_offsets
             grad = tl.load(grad_ptrs, mask=in_image & has_row[None, :], other=0.0)
-            distance, inside = _neighbour(h[:, None], w[:, None], tap[None, :], height, width, KERNEL, False, OFFSET)
+            distance, inside = neighbour(h[:, None], w[:, None], tap[None, :], height, width, KERNEL, 1, OFFSET)
             x_ptrs = x_ptr + n * x_stride_n + (p_offsets + distance) * X_STRIDE_P + x_offsets
             neighbours = tl.load(x_ptrs, mask=inside & has_row[None, :], other=0.0)
             products = grad.to(tl.float32) * neighbours.to(tl.float32)

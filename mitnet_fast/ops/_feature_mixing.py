@@ -30,16 +30,18 @@ ON_CPU = {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat1
 IN_TRITON = dict.fromkeys(
     (("triton", "cuda"), ("triton", "cpu")), frozenset({torch.float32, torch.bfloat16, torch.float16})
 )
+PIXELS = {"pixels per image": 2**30}
 # all channels of a tile of pixels share one program's registers
-LIMITS = {"channels": 128, "pixels per image": 2**30}
-PARTS_OF_LEGM = Kernels("feature_mixing", ON_CPU | IN_TRITON, dict.fromkeys(IN_TRITON, LIMITS))
+PIXELS_AND_CHANNELS = PIXELS | {"channels": 128}
+PARTS_OF_LEGM = Kernels("feature_mixing", ON_CPU | IN_TRITON, dict.fromkeys(IN_TRITON, PIXELS_AND_CHANNELS))
+CONVOLUTIONS = Kernels("feature_mixing", ON_CPU | IN_TRITON, dict.fromkeys(IN_TRITON, PIXELS))
 KERNELS = {
     "pointwise_mlp": PARTS_OF_LEGM,
     "local_mixing": PARTS_OF_LEGM,
     "local_global_mixing": PARTS_OF_LEGM,
     "normalized_qkv": PARTS_OF_LEGM,
-    "dense_block": Kernels("feature_mixing", ON_CPU),
-    "conv_relu": Kernels("feature_mixing", ON_CPU),
+    "dense_block": CONVOLUTIONS,
+    "conv_relu": CONVOLUTIONS,
 }
 LOCAL_SIZE = 5  # of the depthwise convolution, pixels
 SMALLEST_SIDE = 3  # that reflection can continue by two pixels
@@ -499,7 +501,7 @@ _register(
         "deviation": lambda x, *_: x.new_empty(x.shape[0]),
     },
 )
-_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"))
+_register("dense_block", ("x", "dense_weight", "dense_bias", "fuse_weight", "fuse_bias"), in_triton="convolution")
 
 
 def _conv_relu_backward(grad, y, x, joined, weight, scale, shift, needs):
@@ -538,4 +540,5 @@ _register(
     results={"": lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0])},
     run_backward=_conv_relu_backward,
     keeps_result=True,
+    in_triton="convolution",
 )
