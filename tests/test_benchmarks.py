@@ -46,7 +46,7 @@ ON_GPUS = {  # families with kernels there, and in which backends
     "window_attention": ("cpp", "triton"),
     "feature_mixing": ("triton",),
 }
-MIXING_ON_GPUS = {"pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv"}
+FEATURE_MIXING = {spec.name for spec in bench.SPECS if spec.family == "feature_mixing"}
 SMALL = replace(
     PREDICTED_DYNAMIC_FILTER.benchmark_cases[0],
     sizes=PREDICTED_DYNAMIC_FILTER.benchmark_cases[0].sizes | {"height": 24, "width": 20},
@@ -336,11 +336,11 @@ def test_the_sanitizers_calls_reach_every_operator_and_both_ways_to_transform(mo
     monkeypatch.setattr(gpu_report, "SPECS", [Recorded(spec) for spec in gpu_report.SPECS])
     monkeypatch.setattr(gpu_report, "outputs_and_gradients", lambda *_: None)
     gpu_report.calls_for_sanitizer()
-    assert len(seen) == len(set(seen)) == 2 * (2 * (3 * 3 + 1) + 3 * len(MIXING_ON_GPUS))
+    assert len(seen) == len(set(seen)) == 2 * (2 * (3 * 3 + 1) + 3 * len(FEATURE_MIXING))
     assert ("amplitude_phase_conv", "cpp", torch.float32, 16, 8, "channels_last") in seen
     others = {spec.name for spec in gpu_report.SPECS if spec.family != "feature_mixing"}
-    assert {name for name, *_ in seen} == others | MIXING_ON_GPUS
-    assert {backend for name, backend, *_ in seen if name in MIXING_ON_GPUS} == {"triton"}
+    assert {name for name, *_ in seen} == others | FEATURE_MIXING
+    assert {backend for name, backend, *_ in seen if name in FEATURE_MIXING} == {"triton"}
 
 
 def test_the_report_names_its_parts(monkeypatch, tmp_path, capsys):
@@ -375,7 +375,7 @@ def test_fused_networks_run_on_gpus_by_the_kernels_that_there_are(monkeypatch):
     monkeypatch.setattr(_backends, "UNAVAILABLE", {})
     with models.IMPLEMENTATIONS["fused"].backends("cuda"):
         chosen = {name: _backends.choose(kernels, None, "cuda", torch.float32) for name, kernels in KERNELS.items()}
-    assert {name for name, backend in chosen.items() if backend == "triton"} == MIXING_ON_GPUS
+    assert {name for name, backend in chosen.items() if backend == "triton"} == FEATURE_MIXING
     assert {name for name, backend in chosen.items() if backend == "cpp"} == {
         spec.name for spec in bench.SPECS if spec.family != "feature_mixing"
     }
