@@ -18,8 +18,7 @@ from typing import Any
 from .models import WITH_DATA
 from .plots import where
 from .scaling import REPEATED, bytes_per_further_pixel, image_per_gib
-from .targets import WORK_TARGETS, Verdict, WorkTarget, judge, judge_work
-from .work import AROUND, CONVOLUTIONS
+from .targets import Verdict, judge, judge_work
 
 BEGIN, END = "<!-- performance: written by benchmarks/summary.py -->", "<!-- /performance -->"
 Rows = Sequence[Mapping[str, Any]]
@@ -57,7 +56,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
     if any(row["kind"] == "operator" for row in rows):
         lines += [f"![Operations per second below the machine's limits]({prefix}roofline.png)", ""]
     lines += _work(found["work"])
-    lines += _left(found["work"], found["work-parts"])
+    lines += _parts(found["work-parts"])
     if found["scaling"]:
         lines += [f"![Seconds and memory over image size and batch]({prefix}scaling.png)", ""]
         lines += _scaling(found["scaling"])
@@ -119,47 +118,30 @@ def _share(share: float | None) -> str:
 def _work(rows: Rows) -> Iterator[str]:
     if not rows:
         return
-    yield "| one training step, counted | | operators | GB |"
-    yield "|---|---|--:|--:|"
+    yield "| one training step, counted | | operators | kernels | GB |"
+    yield "|---|---|--:|--:|--:|"
     for row in rows:
         name = f"{row['network']} {row['shape']}, float32"
-        yield f"| {name} | {row['implementation']} | {row['operators']:,} | {row['gigabytes']:.1f} |"
+        kernels = "" if row["kernels"] is None else f"{row['kernels']:,}"
+        cells = (name, row["implementation"], f"{row['operators']:,}", kernels, f"{row['gigabytes']:.1f}")
+        yield "| " + " | ".join(cells) + " |"
     yield ""
     yield (
         "Counted, not timed, of a network's forward and backward without losses and Adam: every operator that is no "
         "view counts as one and moves its operands and results once, fused operators what their kernels move "
-        "(`benchmarks/work.py`)."
+        "(`benchmarks/work.py`). Kernels are those that fused operators launch in Triton, and one for each operator of "
+        "PyTorch's."
     )
     yield ""
 
 
-def _left(counted: Rows, parts: Rows) -> Iterator[str]:
-    """What the training steps consist of that miss their goal, and why they do."""
-    fused = {row["network"]: row for row in counted if row["implementation"] == "fused"}
-    for target in WORK_TARGETS:
-        row = fused.get(target.network)
-        own = [part for part in parts if part["network"] == target.network]
-        if own and (row["operators"] > target.operators or row["gigabytes"] > target.gigabytes):
-            yield from _why(target, row, own)
-
-
-def _why(target: WorkTarget, row: Mapping[str, Any], parts: Rows) -> Iterator[str]:
-    yield f"| what is left of {target.network}'s step | operators | GB |"
-    yield "|---|--:|--:|"
-    for part in parts:
-        yield f"| {part['part']} | {part['operators']:,} | {part['gigabytes']:.1f} |"
-    yield ""
-    convolutions = next(part for part in parts if part["part"] == CONVOLUTIONS)
-    around = [part for part in parts if part["part"] in AROUND]
-    operators = row["operators"] - sum(part["operators"] for part in around)
-    gigabytes = row["gigabytes"] - sum(part["gigabytes"] for part in around)
-    yield (
-        f"{target.network} misses its goal of {target.operators:,} operators and {target.gigabytes:.0f} GB because its "
-        f"convolutions, PyTorch's own, are {convolutions['operators']:,} operators and {convolutions['gigabytes']:.1f} "
-        f"GB of it and do nothing else on their way: {', '.join(part['part'] for part in around)} each pass over the "
-        f"maps again. With convolution kernels that do these too, forward and backward, {operators:,} operators and "
-        f"{gigabytes:.1f} GB would be left at best; this project has none."
-    )
+def _parts(rows: Rows) -> Iterator[str]:
+    if not rows:
+        return
+    yield "| what a fused step on a CPU is made of | | operators | GB |"
+    yield "|---|---|--:|--:|"
+    for row in rows:
+        yield f"| {row['network']} | {row['part']} | {row['operators']:,} | {row['gigabytes']:.1f} |"
     yield ""
 
 

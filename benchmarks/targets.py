@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+
+from .work import IN_TRITON, ON_CPU
 
 Row = Mapping[str, object]
 BEST_COMPILED = ("compile",)
@@ -116,11 +119,11 @@ def judge(rows: Sequence[Row], device: str) -> list[Verdict]:
 
 def judge_work(rows: Sequence[Row]) -> list[Verdict]:
     """The counted work of the fused networks, rows of :class:`.work.Row`, held against its targets."""
-    found = {row["network"]: row for row in rows if row["implementation"] == "fused"}
+    found = {(row["network"], row["implementation"]): row for row in rows}
     verdicts = []
-    for target in WORK_TARGETS:
-        row = found.get(target.network, {"operators": None, "gigabytes": None})
-        subject = f"{target.network}, {{}} of a training step"
+    for target, implementation in product(WORK_TARGETS, (ON_CPU, IN_TRITON)):
+        row = found.get((target.network, implementation), {"operators": None, "gigabytes": None})
+        subject = f"{target.network}, {implementation}: {{}} of a training step"
         verdicts += [
             _verdict(subject.format("operators"), row["operators"], target.operators, "{:,.0f}"),
             _verdict(subject.format("GB"), row["gigabytes"], target.gigabytes, "{:.1f}"),

@@ -5,7 +5,9 @@
 Rule: every dispatched operator that is no view counts as one; its tensor operands and results count
 once each, in bytes. The training step is forward in training mode and backward of the mean absolute values of
 the images that the losses see, float32, without loss networks and optimizer. A fused operator is
-dispatched once but may move its data several times; ``PASSES`` says what its kernels really do.
+dispatched once but may move its data several times. For the kernels on a CPU ``PASSES`` says what they do. Those
+in Triton are launched by the operator's own launcher on tensors without storage, and the rule holds for every
+launch and for every operator of PyTorch between them: each is a kernel.
 
 The counts do not depend on the machine: shapes are propagated through the operators' fake kernels.
 OUTPUT.csv and .json hold a network a row, OUTPUT-parts.csv and .json what the fused networks' steps are made of.
@@ -16,19 +18,22 @@ from __future__ import annotations
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mitnet_fast import ops
 from mitnet_fast.models import DCMPNet, MITNet
+from mitnet_fast.ops._backends import UNAVAILABLE, triton_kernels
+from mitnet_fast.ops._registration import RUN
 
 from .measure import environment, write_results
 
@@ -39,7 +44,8 @@ IMAGES: dict[str, Callable[[tuple], Sequence[torch.Tensor]]] = {
     "DCMPNet": lambda output: (output.restored,),
 }
 NETWORKS = {"MITNet": MITNet, "DCMPNet": DCMPNet}
-IMPLEMENTATIONS = {"plain PyTorch": "reference", "fused": "cpp"}  # backend of every operator
+PLAIN, ON_CPU, IN_TRITON = "plain PyTorch", "fused, C++ on a CPU", "fused, Triton"
+BACKENDS = {PLAIN: "reference", ON_CPU: "cpp", IN_TRITON: "triton"}  # of every operator
 NO_WORK = frozenset(
     {
         "view",
@@ -121,7 +127,12 @@ def dense_block_backward(tensors: Sequence[torch.Tensor]) -> float:
     return sum(map(size_of, tensors)) + size_of(x[:, :1]) * (24 * x.shape[1] + 15 * bias.shape[0])
 
 
-# Fused operators whose kernels move more than operands and results once: bytes from the operator's
+def transform(tensors: Sequence[torch.Tensor]) -> float:
+    """Rows and columns of a transform: what lies between them is written and read."""
+    return sum(map(size_of, tensors)) + 2 * max(map(size_of, tensors))
+
+
+# Fused operators whose kernels on a CPU move more than operands and results once: bytes from the operator's
 # tensors, results last.
 PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
     "amplitude_phase_conv": amplitude_phase_conv,
@@ -131,6 +142,7 @@ PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
     "dense_block": dense_block,
     "dense_block_backward": dense_block_backward,
 }
+TRANSFORMS = {"_fft_r2c": transform, "_fft_c2r": transform}
 
 
 CONVOLUTIONS, FUSED, ELSE = "convolutions", "fused operators", "everything else"
@@ -149,7 +161,6 @@ PARTS = {  # of a step, by the names of operators
     ),
     "concatenations": ("cat", "stack"),
 }
-AROUND = tuple(part for part in PARTS if part != CONVOLUTIONS)  # what a convolution could do on its way
 
 
 def part_of(operator: str) -> str:
@@ -160,21 +171,54 @@ def part_of(operator: str) -> str:
 
 
 class WorkCounter(TorchDispatchMode):
-    """Operators that were dispatched, and the bytes that they move, by name."""
+    """Operators that were dispatched, and the bytes that they move, by name.
 
-    def __init__(self) -> None:
+    Args:
+        passes: operators that move more than operands and results once, as :data:`PASSES`.
+        in_triton: keep calls of operators that have kernels in Triton for :meth:`launch`, which counts those.
+
+    Attributes:
+        operators: how often each was dispatched.
+        bytes: that each moved in all.
+        kernels: that were launched, one for every operator of PyTorch.
+    """
+
+    def __init__(self, passes: Mapping[str, Callable] = PASSES, in_triton: bool = False) -> None:
         super().__init__()
+        self.passes, self.in_triton = passes, in_triton
         self.operators: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.kernels = 0
+        self._calls: list[tuple[str, Sequence[object]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name not in NO_WORK:
-            tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, torch.Tensor)]
-            self.operators[name] += 1
-            self.bytes[name] += PASSES[name](tensors) if name in PASSES else sum(map(size_of, tensors))
+        if name in NO_WORK:
+            return result
+        self.operators[name] += 1
+        if self.in_triton and name in RUN and args[-1] in ops.BACKENDS:
+            self._calls.append((name, tree_map_only(torch.Tensor, _without_storage, args[:-1])))
+            return result
+        tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, torch.Tensor)]
+        self.kernels += 1
+        self.bytes[name] += self.passes[name](tensors) if name in self.passes else sum(map(size_of, tensors))
         return result
+
+    def launch(self) -> None:
+        """Launch the kernels of the kept calls in Triton, on tensors without storage, and count them."""
+        for name, arguments in self._calls:
+            with triton_kernels("_common").record_launches("sm_90") as launches, WorkCounter(TRANSFORMS) as between:
+                RUN[name](*arguments, "triton")
+            operands = [value for each in launches for value in each.arguments if isinstance(value, torch.Tensor)]
+            self.kernels += len(launches) + between.kernels
+            self.bytes[name] += sum(map(size_of, operands)) + between.bytes.total()
+        self._calls.clear()
+
+
+def _without_storage(tensor: torch.Tensor) -> torch.Tensor:
+    with unset_fake_temporarily():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -185,6 +229,7 @@ class Row:
     implementation: str
     shape: str
     operators: int
+    kernels: int | None  # where fused operators run in Triton
     gigabytes: float
     dtype: str
     torch: str
@@ -205,36 +250,53 @@ class PartRow:
 
 
 @functools.cache
-def count(network: str, batch: int, size: int, backend: str | None) -> WorkCounter:
+def count(network: str, batch: int, size: int, implementation: str | None) -> WorkCounter:
     """Work of one training step of a network.
 
     Args:
         network: "MITNet" or "DCMPNet".
         batch: images.
         size: their side, pixels.
-        backend: of every operator: "reference", or "cpp" for the fused ones; None for what runs by default.
+        implementation: one of :data:`BACKENDS`; None for what runs by default.
     """
     model = NETWORKS[network]().train()
+    # the same operators are dispatched for Triton, which has no kernels for tensors of a CPU
+    backend = "cpp" if implementation == IN_TRITON else BACKENDS.get(implementation)
     with FakeTensorMode(allow_non_fake_inputs=True), ops.use_backend(backend):
         image = torch.rand(batch, 3, size, size)
-        with WorkCounter() as counter:
+        with WorkCounter(in_triton=implementation == IN_TRITON) as counter:
             sum(result.abs().mean() for result in IMAGES[network](model(image))).backward()
+    counter.launch()
     return counter
+
+
+def implementations() -> list[str]:
+    """Those of :data:`BACKENDS` that can be counted here: fused operators are dispatched where they are compiled."""
+    missing = {PLAIN: False, ON_CPU: ("cpp", "cpu") in UNAVAILABLE}
+    missing[IN_TRITON] = missing[ON_CPU] or find_spec("triton") is None
+    return [name for name in BACKENDS if not missing[name]]
 
 
 def rows(network: str, batch: int = 8, size: int = 256) -> list[Row]:
     """Work of a network's training step: published (batch 8, 256×256 only), plain PyTorch and fused."""
     shape = f"[{batch}, 3, {size}, {size}]"
-    counted = {"published": PUBLISHED[network]} if (batch, size) == (8, 256) else {}
-    for name, backend in IMPLEMENTATIONS.items():
-        counter = count(network, batch, size, backend)
-        counted[name] = counter.operators.total(), round(counter.bytes.total() / 1e9, 1)
-    return [Row(network, name, shape, *numbers, **_source()) for name, numbers in counted.items()]
+    found = []
+    if (batch, size) == (8, 256):
+        operators, gigabytes = PUBLISHED[network]
+        found.append(Row(network, "published", shape, operators, None, gigabytes, **_source()))
+    for name in implementations():
+        counter = count(network, batch, size, name)
+        kernels = counter.kernels if name == IN_TRITON else None
+        gigabytes = round(counter.bytes.total() / 1e9, 1)
+        found.append(Row(network, name, shape, counter.operators.total(), kernels, gigabytes, **_source()))
+    return found
 
 
 def parts(network: str, batch: int = 8, size: int = 256) -> list[PartRow]:
-    """What a fused network's training step is made of, what moves most first."""
-    counter = count(network, batch, size, IMPLEMENTATIONS["fused"])
+    """What a fused network's training step on a CPU is made of, what moves most first; nothing without the kernels."""
+    if ON_CPU not in implementations():
+        return []
+    counter = count(network, batch, size, ON_CPU)
     operators: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     for operator, calls in counter.operators.items():
@@ -254,9 +316,11 @@ def _source() -> dict[str, str]:
 
 def show(found: Sequence[Row], console: Console) -> None:
     """Print one table."""
-    table = Table("network", "implementation", "operators", "GB", title="one training step, float32")
+    table = Table("network", "implementation", "operators", "kernels", "GB", title="one training step, float32")
     for row in found:
-        table.add_row(f"{row.network}, {row.shape}", row.implementation, str(row.operators), f"{row.gigabytes:.1f}")
+        kernels = "" if row.kernels is None else str(row.kernels)
+        numbers = str(row.operators), kernels, f"{row.gigabytes:.1f}"
+        table.add_row(f"{row.network}, {row.shape}", row.implementation, *numbers)
     console.print(table)
 
 
@@ -268,10 +332,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write OUTPUT and OUTPUT-parts, as .csv and .json")
     options = parser.parse_args()
     console = Console()
-    if options.operators:
+    for implementation in implementations()[1:] if options.operators else ():
         for network in NETWORKS:
-            counter = count(network, options.batch, options.size, "cpp")
-            table = Table("operator", "calls", "GB", title=f"{network}, fused")
+            counter = count(network, options.batch, options.size, implementation)
+            table = Table("operator", "calls", "GB", title=f"{network}, {implementation}")
             for operator, amount in counter.bytes.most_common(options.operators):
                 table.add_row(operator, str(counter.operators[operator]), f"{amount / 1e9:.2f}")
             console.print(table)
@@ -280,7 +344,8 @@ def main() -> None:
     if options.output:
         write_results(found, options.output)
         of_networks = [row for network in NETWORKS for row in parts(network, options.batch, options.size)]
-        write_results(of_networks, options.output.with_name(f"{options.output.name}-parts"))
+        if of_networks:
+            write_results(of_networks, options.output.with_name(f"{options.output.name}-parts"))
         console.print(f"written: {options.output}.csv, {options.output}.json, and with -parts what they consist of")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 LIBRARY = torch.library.Library("mitnet_fast", "DEF")
+RUN: dict[str, Callable] = {}  # what runs behind an operator's name, for whoever wants to see what it launches
 
 
 def define(schema: str, run: Callable, fake: Callable) -> None:
@@ -19,6 +20,7 @@ def define(schema: str, run: Callable, fake: Callable) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    RUN[name] = run
     torch.library.register_fake(f"mitnet_fast::{name}", fake, lib=LIBRARY)
 
 
