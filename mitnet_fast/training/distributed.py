@@ -89,6 +89,11 @@ def join() -> Processes:
     repeated. One that exists already is used as it is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # It keeps the group that exists when it is first imported, as others do on demand, in its functions' defaults:
+        # destroying the group would leave its threads alive, and one that needs the interpreter when this has ended
+        # aborts the process.
+        import torch.distributed.nn
+
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
     if not dist.is_available() or not dist.is_initialized():
