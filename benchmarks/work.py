@@ -127,6 +127,34 @@ def dense_block_backward(tensors: Sequence[torch.Tensor]) -> float:
     return sum(map(size_of, tensors)) + size_of(x[:, :1]) * (24 * x.shape[1] + 15 * bias.shape[0])
 
 
+def residual_conv(tensors: Sequence[torch.Tensor]) -> float:
+    """Tall maps once, of which bands of 32 rows of tiles read three more; short ones lie in the workspace, h too."""
+    x = tensors[0]
+    out, depth = identity_of(tensors).shape
+    channel = size_of(x[:, :1])
+    beside = 3 / 32 * depth if is_tall(x) else 3 * depth + 2 * out
+    return sum(map(size_of, tensors)) + channel * beside
+
+
+def residual_conv_backward(tensors: Sequence[torch.Tensor]) -> float:
+    """The same with six rows more, and of y, h and the gradient of y too; beside h the gradient of z lies there."""
+    x = tensors[3]
+    out, depth = identity_of(tensors).shape
+    channel = size_of(x[:, :1])
+    beside = 6 / 32 * (depth + 3 * out) if is_tall(x) else 6 * depth + 20 * out
+    return sum(map(size_of, tensors)) + channel * beside
+
+
+def identity_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weight of a residual convolution's shortcut, [Co, C]."""
+    return next(tensor for tensor in tensors if tensor.dim() == 2)
+
+
+def is_tall(x: torch.Tensor) -> bool:
+    """Whether a map has two bands of 32 rows of 2×2 tiles."""
+    return x.shape[2] > 2 * 63
+
+
 def transform(tensors: Sequence[torch.Tensor]) -> float:
     """Rows and columns of a transform: what lies between them is written and read."""
     return sum(map(size_of, tensors)) + 2 * max(map(size_of, tensors))
@@ -141,6 +169,8 @@ PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
     "normalized_qkv_backward": normalized_qkv_backward,
     "dense_block": dense_block,
     "dense_block_backward": dense_block_backward,
+    "residual_conv": residual_conv,
+    "residual_conv_backward": residual_conv_backward,
 }
 TRANSFORMS = {"_fft_r2c": transform, "_fft_c2r": transform}
 

@@ -128,12 +128,14 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
+// Zeros, unless the kernel reads nothing that it has not written, since vectors run over the gaps between rows and
+// channels: what lies there reaches no result, but products of subnormal numbers, which memory that others have used is
+// full of, take a hundred times as long.
 template <typename Call>
-void launch_on_cpu(const CpuKernel<Call>& kernel, const Call& call) {
+void launch_on_cpu(const CpuKernel<Call>& kernel, const Call& call, bool reads_gaps = true) {
   const int threads = max_threads();
-  // Zeros, since vectors run over the gaps between rows and channels: what lies there reaches no result, but products
-  // of subnormal numbers, which memory that others have used is full of, take a hundred times as long.
-  const at::Tensor workspace = at::zeros({kernel.workspace_bytes(call, threads)}, at::kByte);
+  const at::Tensor workspace = at::empty({kernel.workspace_bytes(call, threads)}, at::kByte);
+  if (reads_gaps) workspace.zero_();
   kernel.launch(call, workspace.mutable_data_ptr(), threads);
 }
 
@@ -1012,6 +1014,89 @@ at::Tensor conv_relu_forward(const at::Tensor& x, const std::optional<at::Tensor
   return y;
 }
 
+ResidualConvShape checked_residual(const at::Tensor& x, const std::optional<at::Tensor>& joined,
+                                   const std::vector<at::Tensor>& weights, double identity_scale,
+                                   double negative_slope) {
+  const auto features = checked_features(x, 0);
+  const int64_t b = features.batch, h = features.height, w = features.width;
+  if (joined) {
+    check_map("joined", *joined);
+    check_like("joined", *joined, {b, joined->size(1), h, w}, x);
+  }
+  const int64_t joined_channels = joined ? joined->size(1) : 0, depth = features.channels + joined_channels;
+  TORCH_CHECK_VALUE(weights[0].defined() && weights[0].dim() == 4 && weights[0].size(0) > 0,
+                    "weight1: expected shape [Co, C, 3, 3], got ", weights[0].sizes());
+  const int64_t out = weights[0].size(0);
+  check_like("weight1", weights[0], {out, depth, 3, 3}, x);
+  check_like("bias1", weights[1], {out}, x);
+  check_like("weight2", weights[2], {out, out, 3, 3}, x);
+  check_like("bias2", weights[3], {out}, x);
+  check_like("identity_weight", weights[4], {out, depth}, x);
+  check_like("identity_bias", weights[5], {out}, x);
+  TORCH_CHECK_VALUE(negative_slope >= 0 && negative_slope < 1, "negative_slope: expected a number in [0, 1), got ",
+                    negative_slope);
+  return {features.dtype, b, features.channels, joined_channels, out, h, w, identity_scale, negative_slope};
+}
+
+ResidualConvWeights residual_weights(const DenseTensors& dense) {
+  return {dense.data(0), dense.data(1), dense.data(2), dense.data(3), dense.data(4), dense.data(5)};
+}
+
+// The result, and the hidden map where it is kept.
+std::tuple<at::Tensor, std::optional<at::Tensor>> residual_conv_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& joined, const at::Tensor& weight1, const at::Tensor& bias1,
+    const at::Tensor& weight2, const at::Tensor& bias2, const at::Tensor& identity_weight,
+    const at::Tensor& identity_bias, double identity_scale, double negative_slope, bool keeps_hidden) {
+  const std::vector<at::Tensor> weights{weight1, bias1, weight2, bias2, identity_weight, identity_bias};
+  const auto shape = checked_residual(x, joined, weights, identity_scale, negative_slope);
+  const DenseTensors dense(weights);
+  const at::Tensor y = empty_for(x, {shape.batch, shape.out_channels, shape.height, shape.width});
+  const at::Tensor hidden = keeps_hidden ? empty_for(x, y.sizes()) : at::Tensor();
+  const ResidualConvForward call{shape,
+                                 view(x),
+                                 joined ? view(*joined) : ConstMapView{},
+                                 residual_weights(dense),
+                                 mutable_view(y),
+                                 mutable_view(hidden)};
+  launch_on_cpu(residual_conv_cpu_kernels().forward, call, false);
+  return {y, if_defined(hidden)};
+}
+
+// `hidden` has no elements where it was not kept.
+Gradients residual_conv_backward(const at::Tensor& grad, const at::Tensor& y, const at::Tensor& hidden,
+                                 const at::Tensor& x, const std::optional<at::Tensor>& joined,
+                                 const at::Tensor& weight1, const at::Tensor& bias1, const at::Tensor& weight2,
+                                 const at::Tensor& bias2, const at::Tensor& identity_weight,
+                                 const at::Tensor& identity_bias, double identity_scale, double negative_slope,
+                                 const std::vector<bool>& needs) {
+  const std::vector<at::Tensor> weights{weight1, bias1, weight2, bias2, identity_weight, identity_bias};
+  const auto shape = checked_residual(x, joined, weights, identity_scale, negative_slope);
+  check_like("y", y, {shape.batch, shape.out_channels, shape.height, shape.width}, x);
+  check_like("grad", grad, y.sizes(), x);
+  if (hidden.numel()) check_like("hidden", hidden, y.sizes(), x);
+  const WeightGradients grads(weights, needs, 2);
+  TORCH_CHECK_VALUE(joined || !needs[1], "needs: no map is joined");
+  const DenseTensors dense(weights);
+  const at::Tensor grad_x = empty_for(x, needs[0]), grad_joined = needs[1] ? empty_for(*joined) : at::Tensor();
+  const ResidualConvBackward call{shape,
+                                  view(grad),
+                                  view(y),
+                                  hidden.numel() ? view(hidden) : ConstMapView{},
+                                  view(x),
+                                  joined ? view(*joined) : ConstMapView{},
+                                  residual_weights(dense),
+                                  mutable_view(grad_x),
+                                  mutable_view(grad_joined),
+                                  grads.data(0),
+                                  grads.data(1),
+                                  grads.data(2),
+                                  grads.data(3),
+                                  grads.data(4),
+                                  grads.data(5)};
+  launch_on_cpu(residual_conv_cpu_kernels().backward, call, false);
+  return grads.behind({if_defined(grad_x), if_defined(grad_joined)});
+}
+
 }  // namespace
 }  // namespace mitnet_fast
 
@@ -1082,4 +1167,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("needs"));
   module.def("conv_relu_forward", kernel(&conv_relu_forward), py::arg("x"), py::arg("joined"), py::arg("weight"),
              py::arg("scale"), py::arg("shift"));
+  module.def("residual_conv_forward", kernel(&residual_conv_forward), py::arg("x"), py::arg("joined"),
+             py::arg("weight1"), py::arg("bias1"), py::arg("weight2"), py::arg("bias2"), py::arg("identity_weight"),
+             py::arg("identity_bias"), py::arg("identity_scale"), py::arg("negative_slope"), py::arg("keeps_hidden"));
+  module.def("residual_conv_backward", kernel(&residual_conv_backward), py::arg("grad"), py::arg("y"),
+             py::arg("hidden"), py::arg("x"), py::arg("joined"), py::arg("weight1"), py::arg("bias1"),
+             py::arg("weight2"), py::arg("bias2"), py::arg("identity_weight"), py::arg("identity_bias"),
+             py::arg("identity_scale"), py::arg("negative_slope"), py::arg("needs"));
 }

@@ -117,6 +117,8 @@ class OpSpec:
         results: names of what is returned.
         deviations: case to the standard deviations of arguments, where they are not 1: of the weights of so many layers
             in a row that the last ones' results would otherwise leave float16's range.
+        decided: what the public function decides for the registered operator, every possibility, as arguments that
+            follow the options.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
             ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
@@ -139,6 +141,7 @@ class OpSpec:
     casts_like_convolution: bool = True
     results: tuple[str, ...] = ("y",)
     deviations: Callable[[Case], Mapping[str, float]] | None = None
+    decided: Sequence[tuple[bool, ...]] = ((),)
     as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
     absolute: Callable[..., Results] | None = None
 
@@ -838,6 +841,56 @@ def _conv_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
     return maps | {"weight": (out, c + joined, 3, 3), "scale": (out,), "shift": (out,)}
 
 
+def _residual_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
+    b, c, h, w = _mixing_map(case)
+    joined, out = case.sizes["joined"], case.sizes["out"]
+    maps = {"x": (b, c, h, w), "joined": (b, joined, h, w) if joined else None}
+    weights = {"weight1": (out, c + joined, 3, 3), "bias1": (out,), "weight2": (out, out, 3, 3), "bias2": (out,)}
+    return maps | weights | {"identity_weight": (out, c + joined), "identity_bias": (out,)}
+
+
+def _random_residual(random: Random) -> tuple[dict[str, int], dict[str, object]]:
+    sizes = {
+        "batch": random.choice((0, 1, 1, 2, 3)),
+        "channels": random.choice((1, 3, 10, 20, 20, 40)),
+        "height": random.choice((1, 2, 3, 5, 8, 13, 16, 17)),
+        "width": random.choice((1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 67)),
+        "joined": random.choice((0, 0, 1, 20, 40)),
+        "out": random.choice((1, 7, 20, 20, 40, 80)),
+    }
+    return sizes, {
+        "identity_scale": random.choice((1.0, 1.0, 2.0, -0.5)),
+        "negative_slope": random.choice((0.01, 0.1, 0.2)),  # not 0: gradients may then be 0 but for eager's rounding
+    }
+
+
+def _residual_as_seen(
+    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
+) -> Callable[..., torch.Tensor]:
+    """The reference, whose LeakyReLUs may have either slope at what is 0 within rounding."""
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        sum_of_products = F.conv2d(x, weight, bias, padding=1)
+        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1)
+        passes = (sum_of_products > 0) == (sum_of_products.abs() > rounding)
+        return sum_of_products * torch.where(passes, 1.0, case.options["negative_slope"])
+
+    def formula(
+        x: torch.Tensor, joined: torch.Tensor | None, weight1: torch.Tensor, bias1: torch.Tensor,
+        weight2: torch.Tensor, bias2: torch.Tensor, identity_weight: torch.Tensor, identity_bias: torch.Tensor,
+        *, other_side: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if not other_side:
+            weights = weight1, bias1, weight2, bias2, identity_weight, identity_bias
+            return reference.residual_conv(x, joined, *weights, **case.options)
+        maps = x if joined is None else torch.cat([x, joined], 1)
+        residual = layer(layer(maps, weight1, bias1), weight2, bias2)
+        identity = F.conv2d(maps, identity_weight[..., None, None], identity_bias)
+        return residual + case.options["identity_scale"] * identity
+
+    return formula
+
+
 def _conv_output(case: Case) -> tuple[int, ...]:
     batch, _, height, width = _mixing_map(case)
     return batch, case.sizes["out"], height, width
@@ -871,6 +924,13 @@ def _conv_as_seen(
 
 def _mixed(batch: int, channels: int, height: int, width: int, **more: int) -> Case:
     return Case({"batch": batch, "channels": channels, "height": height, "width": width} | more, {})
+
+
+def _residual(
+    batch: int, channels: int, height: int, width: int, joined: int, out: int, identity_scale=1.0, negative_slope=0.2
+) -> Case:
+    sizes = _mixed(batch, channels, height, width, joined=joined, out=out).sizes
+    return Case(sizes, {"identity_scale": identity_scale, "negative_slope": negative_slope})
 
 
 POINTWISE_MLP = OpSpec(
@@ -1008,6 +1068,41 @@ CONV_RELU = OpSpec(
     as_seen=_conv_as_seen,
 )
 
+RESIDUAL_CONV = OpSpec(
+    name="residual_conv",
+    family="feature_mixing",
+    shapes=_residual_shapes,
+    maps=("x", "joined"),
+    output_shape=_conv_output,
+    cases=(
+        _residual(1, 1, 1, 1, joined=0, out=1),
+        _residual(2, 3, 2, 1, joined=0, out=2, identity_scale=2.0),
+        _residual(2, 3, 4, 5, joined=2, out=4),
+        _residual(0, 3, 4, 4, joined=0, out=3),
+        _residual(2, 20, 17, 33, joined=0, out=20, negative_slope=0.0),
+        _residual(1, 20, 13, 40, joined=20, out=20, identity_scale=2.0),
+        _residual(2, 7, 3, 70, joined=5, out=33, identity_scale=-0.5),
+        _residual(1, 3, 131, 9, joined=2, out=5),
+        _residual(2, 10, 6, 32, joined=0, out=12),
+        _residual(2, 40, 9, 8, joined=0, out=80),
+        _residual(1, 80, 8, 6, joined=80, out=80),
+        _residual(1, 80, 6, 7, joined=0, out=160),
+    ),
+    typical=_residual(2, 3, 6, 9, joined=2, out=4, identity_scale=2.0),
+    random_sizes=_random_residual,
+    benchmark_cases=(
+        _residual(2, 20, 256, 256, joined=0, out=20),
+        _residual(2, 20, 256, 256, joined=20, out=20),
+        _residual(2, 40, 64, 64, joined=0, out=80),
+        _residual(2, 80, 64, 64, joined=80, out=80),
+        _residual(2, 80, 32, 32, joined=0, out=160),
+    ),
+    flops=_convolutions(_residual_shapes, "weight1", "weight2", "identity_weight"),
+    only_added=("identity_bias",),
+    decided=((False,), (True,)),  # whether the hidden map is kept
+    as_seen=_residual_as_seen,
+)
+
 SPECS = (
     DYNAMIC_FILTER,
     PREDICTED_DYNAMIC_FILTER,
@@ -1019,4 +1114,5 @@ SPECS = (
     NORMALIZED_QKV,
     DENSE_BLOCK,
     CONV_RELU,
+    RESIDUAL_CONV,
 )

@@ -61,8 +61,8 @@ def test_operators_of_a_family_that_differ_are_named(monkeypatch: pytest.MonkeyP
     found = ability("feature_mixing", "cpp")
     assert found.ready
     assert found.state == (
-        "pointwise_mlp, local_mixing, local_global_mixing, normalized_qkv, dense_block: float32, float64, bfloat16 "
-        "(default); conv_relu: cpp has no kernels of this feature_mixing operator"
+        "pointwise_mlp, local_mixing, local_global_mixing, normalized_qkv, dense_block, residual_conv: float32, "
+        "float64, bfloat16 (default); conv_relu: cpp has no kernels of this feature_mixing operator"
     )
 
 

@@ -114,7 +114,7 @@ def test_the_default_package_says_which_operators_it_needs(tmp_path: Path) -> No
     said = " ".join(answer.output.split())
     assert "these are demo weights" in said
     assert "takes images [1, 3, 17, 24] in [0, 1]" in said
-    assert "mitnet_fast.recombine: `import mitnet_fast.ops` before loading it, or use --backend reference" in said
+    assert "mitnet_fast.residual_conv: `import mitnet_fast.ops` before loading it, or use --backend reference" in said
     description = read_package(path)
     assert description["needs"] == ["mitnet_fast.ops"]
     assert "mitnet_fast.recombine.default" in description["operators"]

@@ -63,6 +63,10 @@ BY_HAND = {  # operator, benchmark case: elements that forward and backward move
         *(SMALL * 1024 + 2360320, SMALL * 1536 + 2 * 2360320),
         *(SMALL * 2 * 2359296, SMALL * 4 * 2359296),
     ),
+    ("residual_conv", 1): (  # of both maps together; identity_bias is only added
+        *(LARGE * 60 + 11660, LARGE * 100 + 11640 + 11660),
+        *(LARGE * 2 * (7200 + 3600 + 800), LARGE * 4 * (7200 + 3600 + 800)),
+    ),
 }
 SPEC_OF = {spec.name: spec for spec in SPECS}
 every_operator = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

@@ -253,8 +253,9 @@ def _residual_conv(
     arguments = *maps, *weights, 1.0, 0.2
 
     def call() -> None:
-        s = convolution.residual_conv_forward(*arguments, tf32)
-        convolution.residual_conv_backward(s, *arguments, [True, joined > 0, *[True] * 6], tf32)
+        y, hidden = convolution.residual_conv_forward(*arguments, dtype == torch.float32, tf32)
+        hidden = y.new_empty(0) if hidden is None else hidden
+        convolution.residual_conv_backward(y, y, hidden, *arguments, [True, joined > 0, *[True] * 6], tf32)
 
     return call, f"C={channels}+{joined}→{out} {_kind(dtype, layout, 'tf32' if tf32 else '')}"
 

@@ -365,15 +365,18 @@ def residual_conv_forward(
     identity_bias: torch.Tensor,
     identity_scale: float,
     negative_slope: float,
+    keeps_hidden: bool,
     tf32: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """s [B, Co, H, W] of x, joined, weight1 [Co, C1 + C2, 3, 3], weight2 [Co, Co, 3, 3], identity_weight [Co, C1 + C2].
 
-    Biases are [Co]. ``tf32`` lets products of float32 run in TF32.
+    Biases are [Co]. ``tf32`` lets products of float32 run in TF32. The map between the convolutions comes along where
+    it is to be kept.
     """
     check_pixels("x", x)
     convolve = partial(_convolve, tf32=tf32, activated=True, negative_slope=negative_slope)
-    maps, hidden, s = _maps(x, joined), _buffer(x, len(weight1)), empty_map(x, len(weight1))
+    maps, s = _maps(x, joined), empty_map(x, len(weight1))
+    hidden = empty_map(x, len(weight1)) if keeps_hidden else _buffer(x, len(weight1))
     convolve(hidden, Factors(_by_taps(weight1).contiguous().mT, maps), bias=bias1)
     convolve(
         s,
@@ -383,11 +386,13 @@ def residual_conv_forward(
         side_bias=identity_bias,
         side_scale=identity_scale,
     )
-    return s.data
+    return s.data, hidden.data if keeps_hidden else None
 
 
 def residual_conv_backward(
     grad: torch.Tensor,
+    y: torch.Tensor,
+    hidden: torch.Tensor,
     x: torch.Tensor,
     joined: torch.Tensor | None,
     weight1: torch.Tensor,
@@ -401,7 +406,11 @@ def residual_conv_backward(
     needs: Sequence[bool],
     tf32: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the tensors that :func:`residual_conv_forward` takes, None for one that is not needed."""
+    """Gradients of the tensors that :func:`residual_conv_forward` takes, None for one that is not needed.
+
+    ``hidden`` has no elements where it was not kept. The result ``y`` is not read: it is rounded, so the second
+    convolution is computed again for what its LeakyReLU has let through.
+    """
     check_pixels("x", x)
     _, _, needs_weight1, needs_bias1, needs_weight2, needs_bias2, *needs_identity = needs
     convolve = partial(_convolve, tf32=tf32, negative_slope=negative_slope)
@@ -411,15 +420,19 @@ def residual_conv_backward(
         weight, bias = _weight_gradients(grads, maps, 1, 1, tf32)
         found[6:] = identity_scale * weight.flatten(1), identity_scale * bias
     if any(needs[:6]):
-        hidden, grad_second = _buffer(x, len(weight1)), _buffer(x, len(weight1))
         first, second = (_by_taps(weight).contiguous() for weight in (weight1, weight2))
-        convolve(hidden, Factors(first.mT, maps), bias=bias1, activated=True)
-        convolve(grad_second, Factors(second.mT, (hidden,)), bias=bias2, other=grads, other_is="gradient")
+        if hidden.numel():
+            between = as_map(hidden)
+        else:
+            between = _buffer(x, len(weight1))
+            convolve(between, Factors(first.mT, maps), bias=bias1, activated=True)
+        grad_second = _buffer(x, len(weight1))
+        convolve(grad_second, Factors(second.mT, (between,)), bias=bias2, other=grads, other_is="gradient")
         if needs_weight2 or needs_bias2:
-            found[4:6] = _weight_gradients(grad_second, (hidden,), 3, 1, tf32)
+            found[4:6] = _weight_gradients(grad_second, (between,), 3, 1, tf32)
     if any(needs[:4]):
         grad_first = _buffer(x, len(weight1))
-        convolve(grad_first, Factors(second, (grad_second,)), dilation=-1, other=hidden, other_is="result")
+        convolve(grad_first, Factors(second, (grad_second,)), dilation=-1, other=between, other_is="result")
         if needs_weight1 or needs_bias1:
             found[2:4] = _weight_gradients(grad_first, maps, 3, 1, tf32)
         end = 0

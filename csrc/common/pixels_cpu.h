@@ -25,10 +25,10 @@ int64_t channel_pitch(int64_t channels) {
   return round_up(channels, Vec<T>::size());
 }
 
-template <bool transposed, typename T, int vectors, typename Finish>
+// Rows go up to a multiple of the block.
+template <bool transposed, typename T, int vectors, int block = product_block<vectors>, typename Finish>
 void multiply_columns(const T* a, int64_t a_pitch, int64_t rows, const T* b, int64_t b_pitch, int64_t depth,
                       Finish finish) {
-  constexpr int block = product_block<vectors>;
   constexpr int64_t lanes = Vec<T>::size();
   for (int64_t row = 0; row < rows; row += block) {
     const T* left = a + (transposed ? row : row * a_pitch);

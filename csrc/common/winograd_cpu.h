@@ -14,6 +14,7 @@ namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
+constexpr int winograd_side = 3;  // of the filter
 constexpr int winograd_tile = 4, winograd_points = 16, winograd_outputs = 2;
 
 // Bᵀ d

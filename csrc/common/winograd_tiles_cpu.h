@@ -14,8 +14,6 @@ namespace mitnet_fast {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int winograd_side = 3;  // of the filter
-
 // How a map is cut into tiles; those at its end may reach over it, by up to `dilation` pixels, and their
 // inputs by twice that.
 struct WinogradTiles {

@@ -14,6 +14,9 @@
 //   dense block     f_0 = x,  f_k = [f_{k−1}, ReLU(conv3×3, dilation 2 (f_{k−1}))],  k = 1 … 5
 //                   y = ReLU(fuse_weight · f_5 + fuse_bias) + x
 //   conv-ReLU       y = ReLU(scale · conv3×3([x, joined]) + shift), zeros around the map
+//   residual        h = LeakyReLU(conv3×3([x, joined]) + bias1), zeros around both maps
+//   convolutions    y = LeakyReLU(conv3×3(h) + bias2) + identity_scale · (identity_weight · [x, joined] +
+//   identity_bias)
 //
 // Maps have any strides; all tensors of a call have one data type, arithmetic is float32 (float64 for
 // float64). Weights and their gradients are contiguous.
@@ -196,6 +199,55 @@ struct ConvReluForward {
   const void* scale;  // [out_channels]
   const void* shift;  // [out_channels]
   MapView y;
+};
+
+struct ResidualConvShape {
+  DataType dtype;
+  int64_t batch;
+  int64_t channels;         // of x
+  int64_t joined_channels;  // 0 where no map is joined
+  int64_t out_channels;     // Co
+  int64_t height;
+  int64_t width;
+  double identity_scale;
+  double negative_slope;  // of both LeakyReLUs, in [0, 1)
+};
+
+struct ResidualConvWeights {
+  const void* weight1;          // [Co, channels + joined_channels, 3, 3]
+  const void* bias1;            // [Co]
+  const void* weight2;          // [Co, Co, 3, 3]
+  const void* bias2;            // [Co]
+  const void* identity_weight;  // [Co, channels + joined_channels]
+  const void* identity_bias;    // [Co]
+};
+
+struct ResidualConvForward {
+  ResidualConvShape shape;
+  ConstMapView x;
+  ConstMapView joined;  // null where none is
+  ResidualConvWeights weights;
+  MapView y;
+  MapView hidden;  // h, null where it is not kept
+};
+
+// A gradient whose data is null is not computed. The result y tells where the second LeakyReLU had its slope.
+struct ResidualConvBackward {
+  ResidualConvShape shape;
+  ConstMapView grad;
+  ConstMapView y;
+  ConstMapView hidden;  // null where it is to be computed again
+  ConstMapView x;
+  ConstMapView joined;
+  ResidualConvWeights weights;
+  MapView grad_x;
+  MapView grad_joined;
+  void* grad_weight1;
+  void* grad_bias1;
+  void* grad_weight2;
+  void* grad_bias2;
+  void* grad_identity_weight;
+  void* grad_identity_bias;
 };
 
 }  // namespace mitnet_fast

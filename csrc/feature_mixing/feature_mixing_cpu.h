@@ -27,10 +27,16 @@ struct ConvReluCpuKernels {
   CpuKernel<ConvReluForward> forward;
 };
 
+struct ResidualConvCpuKernels {
+  CpuKernel<ResidualConvForward> forward;
+  CpuKernel<ResidualConvBackward> backward;
+};
+
 // Those for cpu_capability(), for all data types but float16.
 const FeatureMixingCpuKernels& feature_mixing_cpu_kernels();
 const NormalizedQkvCpuKernels& normalized_qkv_cpu_kernels();
 const DenseBlockCpuKernels& dense_block_cpu_kernels();
 const ConvReluCpuKernels& conv_relu_cpu_kernels();
+const ResidualConvCpuKernels& residual_conv_cpu_kernels();
 
 }  // namespace mitnet_fast

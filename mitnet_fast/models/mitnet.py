@@ -64,7 +64,7 @@ class AmplitudeDecoderLevel(nn.Module):
 
     def forward(self, x: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         """[B, 2C, H, W] and the encoder's [B, C, 2H, 2W] → [B, C, 2H, 2W]."""
-        return self.block(torch.cat([self.up(x), self.skip(encoded)], 1))
+        return self.block(self.up(x), joined=self.skip(encoded))
 
 
 class PhaseDecoderLevel(nn.Module):
@@ -79,7 +79,7 @@ class PhaseDecoderLevel(nn.Module):
     def forward(self, x: torch.Tensor, phase: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
         """[B, 2C, H, W] and two guiding maps [B, C, 2H, 2W] → [B, C, 2H, 2W]."""
         x = self.up(x)
-        return self.block(torch.cat([x, self.filter(x, phase, amplitude)], 1))
+        return self.block(x, joined=self.filter(x, phase, amplitude))
 
 
 class MITNet(nn.Module):

@@ -5,6 +5,7 @@
     y   = irfft2(M(A)·exp(iP))  (amplitude)   or   irfft2(A·exp(i·M(P)))  (phase)
     out = conv1×1([s, y]) (+ conv3×3(encoder features) + conv3×3(decoder features))
 
+s is one operator, which reads a second map, to be joined to x, where it lies.
 The 1×1 convolution over [s, y] commutes with the transform: it is ``irfft2(W·[X, Y]) + b``, where Y is the
 spectrum of y, and part of the operator that computes Y: nothing is concatenated, s is not read again.
 Maps are [B, C, H, W].
@@ -15,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops import amplitude_phase_conv
+from ..ops import amplitude_phase_conv, residual_conv
+from ..ops._checks import check_tensor
 from ._checks import check_counts, check_map, check_slope
 
 MODES = ("amplitude", "phase")
@@ -25,7 +27,7 @@ class AmplitudePhaseBlock(nn.Module):
     """Residual block that also passes the amplitude or the phase of its spectrum through 1×1 convolutions.
 
     Args:
-        in_channels: channels of the input.
+        in_channels: channels of the input, of both maps together where a second one is joined.
         out_channels: channels of the output, and of the hidden layer of the spectral map.
         mode: "amplitude" or "phase", the half of the polar spectrum that is mapped.
         negative_slope: of every LeakyReLU.
@@ -88,13 +90,18 @@ class AmplitudePhaseBlock(nn.Module):
         x: torch.Tensor,
         encoder_features: torch.Tensor | None = None,
         decoder_features: torch.Tensor | None = None,
+        *,
+        joined: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Apply the block.
 
         Args:
-            x: [B, in_channels, H, W], any size (at least 2×2 with ``downsample``).
+            x: [B, in_channels, H, W], any size (at least 2×2 with ``downsample``); fewer channels where ``joined``
+                has the others.
             encoder_features: [B, out_channels, H, W], with ``cross_stage`` only.
             decoder_features: likewise.
+            joined: [B, C2, H, W] whose channels follow those of ``x``: the block of their concatenation, which
+                is not made.
 
         Returns:
             [B, out_channels, H, W]; with ``downsample`` a pair of it and
@@ -103,12 +110,30 @@ class AmplitudePhaseBlock(nn.Module):
         Raises:
             ValueError: shapes do not fit, or features are missing or given without ``cross_stage``.
         """
-        check_map("x", x, self.in_channels)
-        self._check_features(x, encoder_features=encoder_features, decoder_features=decoder_features)
-        if not self.spectral:
-            out = torch.add(self.residual(x), self.identity(x), alpha=2)
+        if joined is None:
+            check_map("x", x, self.in_channels)
         else:
-            out = self._fuse(self.residual(x) + self.identity(x))
+            check_tensor("x", x, "[B, C, H, W]")
+            if x.shape[1] >= self.in_channels:
+                raise ValueError(
+                    f"x: expected fewer than {self.in_channels} channels beside a joined map, got {x.shape[1]}"
+                )
+            check_map("joined", joined, self.in_channels - x.shape[1], x.shape[2:], x.shape[0])
+        self._check_features(x, encoder_features=encoder_features, decoder_features=decoder_features)
+        first, second = self.residual[0], self.residual[2]
+        s = residual_conv(
+            x,
+            joined,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            self.identity.weight.flatten(1),
+            self.identity.bias,
+            identity_scale=1 if self.spectral else 2,
+            negative_slope=self.negative_slope,
+        )
+        out = self._fuse(s) if self.spectral else s
         if self.from_encoder is not None:
             out = out + self.from_encoder(encoder_features) + self.from_decoder(decoder_features)
         return out if self.downsample is None else (out, self.downsample(out))

@@ -8,7 +8,15 @@ The kernel functions take ``backend``: None chooses the best that can run, a nam
 from ._amplitude_phase import amplitude_phase_conv
 from ._backends import BACKENDS, BackendError, use_backend
 from ._dynamic_filter import dynamic_filter, predicted_dynamic_filter
-from ._feature_mixing import conv_relu, dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
+from ._feature_mixing import (
+    conv_relu,
+    dense_block,
+    local_global_mixing,
+    local_mixing,
+    normalized_qkv,
+    pointwise_mlp,
+    residual_conv,
+)
 from ._image_spectrum import amplitude_and_phase, half_spectrum, recombine
 from ._window_attention import window_attention
 
@@ -27,6 +35,7 @@ __all__ = [
     "pointwise_mlp",
     "predicted_dynamic_filter",
     "recombine",
+    "residual_conv",
     "use_backend",
     "window_attention",
 ]

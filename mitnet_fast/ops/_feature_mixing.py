@@ -1,8 +1,8 @@
-"""Public feature mixing, the parts of DCMPNet that are one operator each: arguments checked, backend chosen.
+"""Public feature mixing, parts of DCMPNet and MITNet that are one operator each: arguments checked, backend chosen.
 
 The compiled backend runs behind ``mitnet_fast::pointwise_mlp``, ``local_mixing``, ``local_global_mixing``,
-``normalized_qkv``, ``dense_block``, ``conv_relu`` and their backward operators; the reference is plain PyTorch and
-needs none.
+``normalized_qkv``, ``dense_block``, ``conv_relu``, ``residual_conv`` and their backward operators; the reference is
+plain PyTorch and needs none.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ KERNELS = {
     "normalized_qkv": PARTS_OF_LEGM,
     "dense_block": CONVOLUTIONS,
     "conv_relu": CONVOLUTIONS,
+    "residual_conv": CONVOLUTIONS,
 }
 LOCAL_SIZE = 5  # of the depthwise convolution, pixels
 SMALLEST_SIDE = 3  # that reflection can continue by two pixels
@@ -341,23 +342,85 @@ def conv_relu(
 
     Source: minimal filtering F(2×2, 3×3), arXiv 1509.09308.
     """
-    check_tensor("x", x, "[B, C1, H, W]")
-    check_image_size("x", x)
-    check_tensor("weight", weight, "[Co, C1 + C2, 3, 3]")
-    batch, channels, height, width = x.shape
-    if weight.shape[0] < 1:
-        raise ValueError("weight: needs at least one output channel, got 0")
-    shapes: dict[str, tuple[int, ...]] = {}
-    if joined is not None:
-        check_tensor("joined", joined, "[B, C2, H, W]")
-        check_image_size("joined", joined)
-        shapes["joined"] = (batch, joined.shape[1], height, width)
-        channels += joined.shape[1]
-    out = weight.shape[0]
+    channels, out, shapes = _check_joined(x, joined, "weight", weight)
     shapes |= {"weight": (out, channels, 3, 3), "scale": (out,), "shift": (out,)}
     arguments = {"x": x, "joined": joined, "weight": weight, "scale": scale, "shift": shift}
     meanings = {"joined": "[B, C2, H, W]", "weight": "[Co, C1 + C2, 3, 3]", "scale": "[Co]", "shift": "[Co]"}
     return _call("conv_relu", arguments, shapes, meanings, backend)
+
+
+def residual_conv(
+    x: torch.Tensor,
+    joined: torch.Tensor | None,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    identity_weight: torch.Tensor,
+    identity_bias: torch.Tensor,
+    *,
+    identity_scale: float = 1.0,
+    negative_slope: float = 0.2,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Two 3×3 convolutions of one map or of two, a LeakyReLU after each, and a 1×1 convolution as their shortcut.
+
+    With m = [x, joined] the result is ``LeakyReLU(W2*LeakyReLU(W1*m + b1) + b2) + identity_scale·(Wi·m + bi)``, zeros
+    around the maps. The compiled operator keeps its result for the backward and, in single and double precision, the
+    map between the convolutions.
+
+    Args:
+        x: [B, C1, H, W].
+        joined: [B, C2, H, W], dtype of ``x``; None for the convolutions of ``x`` alone.
+        weight1: [Co, C1 + C2, 3, 3] of the first convolution, W1.
+        bias1: [Co].
+        weight2: [Co, Co, 3, 3] of the second convolution, W2.
+        bias2: [Co].
+        identity_weight: [Co, C1 + C2] of the 1×1 convolution, Wi.
+        identity_bias: [Co].
+        identity_scale: how often the shortcut counts.
+        negative_slope: of both LeakyReLUs, in [0, 1).
+        backend: see :mod:`mitnet_fast.ops`.
+
+    Returns:
+        [B, Co, H, W] in the dtype of the inputs (under autocast: the dtype that it casts to).
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes differ outside autocast.
+        ValueError: shapes or devices do not fit, the slope is outside [0, 1), or the backend does not exist.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: MITNet (arXiv 2308.06998), residual amplitude / phase block; minimal filtering, arXiv 1509.09308.
+    """
+    channels, out, shapes = _check_joined(x, joined, "weight1", weight1)
+    if not 0 <= negative_slope < 1:
+        raise ValueError(f"negative_slope: expected a number in [0, 1), got {negative_slope!r}")
+    arguments = {"x": x, "joined": joined, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    arguments |= {"identity_weight": identity_weight, "identity_bias": identity_bias}
+    shapes |= {"weight1": (out, channels, 3, 3), "bias1": (out,), "weight2": (out, out, 3, 3), "bias2": (out,)}
+    shapes |= {"identity_weight": (out, channels), "identity_bias": (out,)}
+    meanings = {"joined": "[B, C2, H, W]", "weight1": "[Co, C1 + C2, 3, 3]", "weight2": "[Co, Co, 3, 3]"}
+    meanings |= {"identity_weight": "[Co, C1 + C2]"} | dict.fromkeys(("bias1", "bias2", "identity_bias"), "[Co]")
+    options = {"identity_scale": float(identity_scale), "negative_slope": float(negative_slope)}
+    return _call("residual_conv", arguments, shapes, meanings, backend, options)
+
+
+def _check_joined(
+    x: torch.Tensor, joined: torch.Tensor | None, name: str, weight: torch.Tensor
+) -> tuple[int, int, dict[str, tuple[int, ...]]]:
+    """Channels of both maps and of the result of a 3×3 convolution, and the shape that a joined map must have."""
+    check_tensor("x", x, "[B, C1, H, W]")
+    check_image_size("x", x)
+    check_tensor(name, weight, "[Co, C1 + C2, 3, 3]")
+    batch, channels, height, width = x.shape
+    if weight.shape[0] < 1:
+        raise ValueError(f"{name}: needs at least one output channel, got 0")
+    if joined is None:
+        return channels, weight.shape[0], {}
+    check_tensor("joined", joined, "[B, C2, H, W]")
+    check_image_size("joined", joined)
+    shapes = {"joined": (batch, joined.shape[1], height, width)}
+    return channels + joined.shape[1], weight.shape[0], shapes
 
 
 def _mix(name: str, arguments: dict[str, torch.Tensor], backend: str | None) -> torch.Tensor:
@@ -387,8 +450,9 @@ def _call(
     shapes: dict[str, tuple[int, ...]],
     meanings: dict[str, str],
     backend: str | None,
+    options: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Check the arguments against their shapes, cast them, choose the backend and run."""
+    """Check the arguments against their shapes, cast them, choose the backend and run, with ``options`` behind them."""
     check_backend(backend)
     for argument, shape in shapes.items():
         check_tensor(argument, arguments[argument], meanings[argument])
@@ -400,10 +464,17 @@ def _call(
     sizes = {"channels": x.shape[1], "pixels per image": x.shape[2] * x.shape[3]}
     chosen = choose(KERNELS[name], backend, x.device.type, x.dtype, sizes)
     if chosen == "reference":
-        return getattr(reference, name)(*tensors)
-    return getattr(torch.ops.mitnet_fast, name)(*tensors, chosen)
+        return getattr(reference, name)(*tensors, **options)
+    operator = getattr(torch.ops.mitnet_fast, name)
+    if name not in _KEEPING:
+        return operator(*tensors, *options.values(), chosen)
+    has_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # half precision would round it
+    keeps = has_gradient and x.dtype in (torch.float32, torch.float64)
+    return operator(*tensors, *options.values(), keeps, chosen)[0]
 
 
+_KEEPING: set[str] = set()  # operators that are told whether to keep something for their backward
 LIKE_THE_FIRST = MappingProxyType({"": lambda first, *_: empty_for(first)})
 
 
@@ -412,21 +483,26 @@ def _register(
     tensors: tuple[str, ...],
     *,
     optional: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
     only_added: str | None = None,
     results: Mapping[str, Callable[..., torch.Tensor]] = LIKE_THE_FIRST,
     run_backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     keeps_result: bool = False,
+    kept: Callable[..., torch.Tensor] | None = None,
     in_triton: str = "feature_mixing",
 ) -> None:
-    """Register an operator of these tensors and its backward.
+    """Register an operator of these tensors, some ``optional``, and of numbers, its ``options``, and its backward.
 
     The gradient of the tensor that is ``only_added`` is the incoming one: the kernels leave it out. The ``results``,
     one or several by name, are like what their functions make of the tensors. ``run_backward`` stands in for the
     compiled backward: of the incoming gradients, the result where the operator ``keeps_result``, the tensors and which
-    gradients are needed. ``in_triton`` is the module of its Triton launchers, which are told last whether their
-    products may use TF32.
+    gradients are needed. An operator with something else to be ``kept``, like what this function makes of the tensors,
+    is told whether to, and returns it behind its result, or no elements. ``in_triton`` is the module of its Triton
+    launchers, which are told last whether their products may use TF32.
     """
-    count = len(tensors)
+    count, flags = len(tensors), 1 if kept else 0
+    if kept:
+        _KEEPING.add(name)
 
     def launch(direction, backend, *values):
         if backend == "cpp":
@@ -435,11 +511,14 @@ def _register(
 
     def forward(*arguments):
         *values, backend = arguments
-        return launch("forward", backend, *values)
+        made = launch("forward", backend, *values)
+        return (*made[:-1], or_empty(made[-1], values[0])) if kept else made
 
     def fake(*arguments):
         *values, _ = arguments
         made = tuple(make(*values) for make in results.values())
+        if kept:
+            made += (kept(*values) if values[-1] else values[0].new_empty(0),)
         return made if len(made) > 1 else made[0]
 
     def backward(*arguments):
@@ -448,22 +527,28 @@ def _register(
         return tuple(or_empty(gradient, values[0]) for gradient in grads)
 
     def setup(ctx, inputs, output):
-        *values, ctx.backend = inputs
-        ctx.save_for_backward(*([output] if keeps_result else []), *values)
+        ctx.options, ctx.backend = inputs[count : count + len(options)], inputs[-1]
+        ctx.set_materialize_grads(not kept)  # nobody asks for that of what is kept
+        ctx.save_for_backward(*(output if kept else [output] if keeps_result else []), *inputs[:count])
 
     def gradients(ctx, *incoming):
+        incoming = incoming[: len(results)]
+        if kept and incoming[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[:count]
         computed = [needed and tensor != only_added for tensor, needed in zip(tensors, needs, strict=True)]
-        grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(*incoming, *ctx.saved_tensors, computed, ctx.backend)
+        grads = getattr(torch.ops.mitnet_fast, f"{name}_backward")(
+            *incoming, *ctx.saved_tensors, *ctx.options, computed, ctx.backend
+        )
         wanted = (
             None if not needed else incoming[0] if tensor == only_added else gradient
             for tensor, gradient, needed in zip(tensors, grads, needs, strict=True)
         )
-        return *wanted, None
+        return *wanted, *[None] * (len(options) + flags + 1)
 
     def fake_gradients(*arguments):
         *values, needs, _ = arguments
-        inputs = values[-count:]
+        inputs = values[len(values) - len(options) - count :][:count]
         return tuple(
             empty_for(inputs[0] if tensor is None else tensor, needed)
             for tensor, needed in zip(inputs, needs, strict=True)
@@ -472,10 +557,12 @@ def _register(
     def several(number):
         return f"({', '.join(['Tensor'] * number)})" if number > 1 else "Tensor"
 
-    declared = ", ".join(f"Tensor{'?' * (tensor in optional)} {tensor}" for tensor in tensors)
+    declared = ", ".join(
+        [*(f"Tensor{'?' * (tensor in optional)} {tensor}" for tensor in tensors), *(f"float {o}" for o in options)]
+    )
     grads = ", ".join(f"Tensor {'_'.join(filter(None, ('grad', result)))}" for result in results)
-    grads += ", Tensor result" * keeps_result
-    define(f"{name}({declared}, str backend) -> {several(len(results))}", forward, fake)
+    grads += ", Tensor result" * keeps_result + ", Tensor kept" * flags
+    define(f"{name}({declared}{', bool keeps' * flags}, str backend) -> {several(len(results) + flags)}", forward, fake)
     define(
         f"{name}_backward({grads}, {declared}, bool[] needs, str backend) -> {several(count)}",
         backward,
@@ -540,5 +627,15 @@ _register(
     results={"": lambda x, joined, weight, *_: empty_for(x, channels=weight.shape[0])},
     run_backward=_conv_relu_backward,
     keeps_result=True,
+    in_triton="convolution",
+)
+_register(
+    "residual_conv",
+    ("x", "joined", "weight1", "bias1", "weight2", "bias2", "identity_weight", "identity_bias"),
+    optional=("joined",),
+    options=("identity_scale", "negative_slope"),
+    results={"": lambda x, joined, weight1, *_: empty_for(x, channels=weight1.shape[0])},
+    keeps_result=True,
+    kept=lambda x, joined, weight1, *_: empty_for(x, channels=weight1.shape[0]),
     in_triton="convolution",
 )

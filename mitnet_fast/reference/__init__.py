@@ -6,7 +6,15 @@ Every function is differentiable by autograd and works in any floating-point dty
 
 from .amplitude_phase import amplitude_and_phase, amplitude_phase_conv, half_spectrum, recombine
 from .dynamic_filter import dynamic_filter, predicted_dynamic_filter
-from .feature_mixing import conv_relu, dense_block, local_global_mixing, local_mixing, normalized_qkv, pointwise_mlp
+from .feature_mixing import (
+    conv_relu,
+    dense_block,
+    local_global_mixing,
+    local_mixing,
+    normalized_qkv,
+    pointwise_mlp,
+    residual_conv,
+)
 from .window_attention import window_attention
 
 __all__ = [
@@ -22,5 +30,6 @@ __all__ = [
     "pointwise_mlp",
     "predicted_dynamic_filter",
     "recombine",
+    "residual_conv",
     "window_attention",
 ]

@@ -1,4 +1,4 @@
-"""Feature mixing in plain PyTorch: the parts of a LEGM block, the dilated dense block, conv-ReLU."""
+"""Feature mixing in plain PyTorch: the parts of a LEGM block, the dilated dense block, conv-ReLU, residual blocks."""
 
 from __future__ import annotations
 
@@ -105,6 +105,30 @@ def conv_relu(
     """
     maps = x if joined is None else torch.cat([x, joined], 1)
     return F.relu(torch.addcmul(shift[:, None, None], F.conv2d(maps, weight, padding=1), scale[:, None, None]))
+
+
+def residual_conv(
+    x: torch.Tensor,
+    joined: torch.Tensor | None,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    identity_weight: torch.Tensor,
+    identity_bias: torch.Tensor,
+    *,
+    identity_scale: float = 1.0,
+    negative_slope: float = 0.2,
+) -> torch.Tensor:
+    """y = LeakyReLU(W2*LeakyReLU(W1*[x, joined] + b1) + b2) + identity_scale·(Wi·[x, joined] + bi), zeros around.
+
+    Args and result as in :func:`mitnet_fast.ops.residual_conv`.
+    """
+    maps = x if joined is None else torch.cat([x, joined], 1)
+    # in place, so that autograd keeps one map for both the activation and the convolution after it
+    hidden = F.leaky_relu(F.conv2d(maps, weight1, bias1, padding=1), negative_slope, inplace=True)
+    residual = F.leaky_relu(F.conv2d(hidden, weight2, bias2, padding=1), negative_slope, inplace=True)
+    return torch.add(residual, _pointwise(maps, identity_weight, identity_bias), alpha=identity_scale)
 
 
 def dense_layers(

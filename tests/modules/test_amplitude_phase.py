@@ -50,6 +50,31 @@ def test_without_the_spectral_branch_the_shortcut_counts_twice_and_the_branch_ge
     }
 
 
+@pytest.mark.parametrize("spectral", [True, False])
+def test_a_joined_map_counts_as_the_last_channels_of_the_input(spectral):
+    block = make(5, 6, spectral=spectral)
+    x, joined = (golden.uniform(name, (2, c, 6, 7)).requires_grad_() for name, c in (("x", 3), ("joined", 2)))
+    out, expected = block(x, joined=joined), block(torch.cat([x, joined], 1))
+    assert golden.relative_error(out, expected) < 1e-13
+    inputs = [x, joined, *block.residual.parameters(), *block.identity.parameters()]
+    for actual, truth in zip(gradients([out], inputs), gradients([expected], inputs), strict=True):
+        assert golden.relative_error(actual, truth) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 3, 8, 8), (1, 1, 8, 8)], "x: expected fewer than 3 channels beside a joined map, got 3"),
+        ([(1, 2, 8, 8), (1, 2, 8, 8)], r"joined: expected shape \[B, C, H, W\] = \[1, 1, 8, 8\], got \[1, 2, 8, 8\]"),
+        ([(1, 2, 8, 8), (1, 1, 8, 4)], r"joined: .*got \[1, 1, 8, 4\]"),
+    ],
+)
+def test_forward_names_what_is_wrong_with_a_joined_map(shapes, message):
+    x, joined = map(torch.zeros, shapes)
+    with pytest.raises(ValueError, match=message):
+        AmplitudePhaseBlock(3, 5)(x, joined=joined)
+
+
 def test_downsampling_also_returns_the_output_at_half_the_size():
     block = make(3, 4, "phase", downsample=True)
     x = golden.uniform("x", (2, 3, 6, 9))

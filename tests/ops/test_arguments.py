@@ -63,6 +63,12 @@ def conv_arguments(**changes):
     return tensors | {"scale": torch.zeros(3), "shift": torch.zeros(3)} | changes
 
 
+def residual_arguments(**changes):
+    shapes = {"x": (2, 3, 5, 6), "joined": (2, 2, 5, 6), "weight1": (3, 5, 3, 3), "bias1": (3,)}
+    shapes |= {"weight2": (3, 3, 3, 3), "bias2": (3,), "identity_weight": (3, 5), "identity_bias": (3,)}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+
+
 WRONG = [
     (ops.dynamic_filter, filter_arguments(x=1.0), TypeError, r"x: expected a tensor \[B, C, H, W\], got float"),
     (ops.dynamic_filter, filter_arguments(x=torch.zeros(3, 4, 5)), ValueError, r"x: expected shape .*got \[3, 4, 5\]"),
@@ -139,6 +145,13 @@ WRONG = [
     (ops.conv_relu, conv_arguments(joined=None), ValueError, r"weight: .*\[3, 3, 3, 3\], got \[3, 5, 3, 3\]"),
     (ops.conv_relu, conv_arguments(weight=torch.zeros(0, 5, 3, 3)), ValueError, "weight: needs at least one output"),
     (ops.conv_relu, conv_arguments(shift=torch.zeros(4)), ValueError, r"shift: .*\[Co\] = \[3\]"),
+    (ops.residual_conv, residual_arguments(joined=torch.zeros(1, 2, 5, 6)), ValueError, r"joined: .*\[2, 2, 5, 6\]"),
+    (ops.residual_conv, residual_arguments(joined=None), ValueError, r"weight1: .*\[3, 3, 3, 3\], got \[3, 5, 3, 3\]"),
+    (ops.residual_conv, residual_arguments(weight1=torch.zeros(0, 5, 3, 3)), ValueError, "weight1: needs at least one"),
+    (ops.residual_conv, residual_arguments(weight2=torch.zeros(3, 5, 3, 3)), ValueError, r"weight2: .*\[3, 3, 3, 3\]"),
+    (ops.residual_conv, residual_arguments(identity_weight=torch.zeros(3, 3)), ValueError, r"identity_w.*\[3, 5\]"),
+    (ops.residual_conv, residual_arguments(bias2=torch.zeros(3).double()), TypeError, "bias2 float64"),
+    (ops.residual_conv, residual_arguments(negative_slope=1.0), ValueError, r"negative_slope: .*\[0, 1\), got 1.0"),
 ]  # fmt: skip
 
 
@@ -160,11 +173,12 @@ RIGHT = [
     (ops.normalized_qkv, qkv_arguments),
     (ops.dense_block, dense_arguments),
     (ops.conv_relu, conv_arguments),
+    (ops.residual_conv, residual_arguments),
 ]
 
 
 def has_samples(name, value):
-    return (value.dim() == 4 and name != "weight") or name in ("rescale", "rebias")
+    return (value.dim() == 4 and "weight" not in name) or name in ("rescale", "rebias")
 
 
 def filled(arguments, dtype=torch.float32, batch=None):

@@ -16,7 +16,7 @@ from mitnet_fast.verify import poisoned_memory
 from tests.ops.instruction_sets import assert_nothing_fails, every_narrower_set
 from tests.ops.test_dynamic_filter_cpp import far_apart
 
-OPERATORS = ("pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv", "dense_block")
+OPERATORS = ("pointwise_mlp", "local_mixing", "local_global_mixing", "normalized_qkv", "dense_block", "residual_conv")
 FAMILY = {spec.name: spec for spec in SPECS if spec.name in OPERATORS}
 # Maps that are cut into several tiles, up and down and side by side, also where the last one is cut off;
 # channels that fill no whole vector; batches whose samples share a group of weight sums.
@@ -25,6 +25,7 @@ SIZES = [
     {"batch": 2, "channels": 3, "height": 70, "width": 33},
     {"batch": 1, "channels": 17, "height": 3, "width": 300},
     {"batch": 67, "channels": 2, "height": 6, "width": 7},
+    {"batch": 2, "channels": 5, "height": 140, "width": 64},
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_operator = pytest.mark.parametrize("name", FAMILY)
@@ -142,16 +143,17 @@ def test_offsets_beyond_32_bits(name, dimension):
 def test_bad_arguments_of_the_launchers_are_errors(name):
     """Each argument in turn with another shape or type, one too many channels in a map and float16."""
     spec, case = FAMILY[name], case_of(name, {"batch": 2, "channels": 3, "height": 5, "width": 6})
-    good = spec.inputs(case)
+    good, options = spec.inputs(case), case.options
     forward, backward = (getattr(_C, f"{name}_{direction}") for direction in ("forward", "backward"))
     grads, needs = tree_leaves(spec.uninitialized(case)), [True] * len(good)
+    kept = 2 * grads if name == "residual_conv" else []  # the result and the hidden map
 
-    def refused(error, message, grads=grads, needs=needs, **change):
+    def refused(error, message, grads=grads, kept=kept, needs=needs, options=options, **change):
         with pytest.raises(error, match=message):
-            backward(*grads, *(good | change).values(), needs)
-        if change:
+            backward(*grads, *kept, *(good | change).values(), *options.values(), needs)
+        if change or options is not case.options:
             with pytest.raises(error, match=message):
-                forward(*(good | change).values())
+                forward(*(good | change).values(), *options.values(), *FAMILY[name].decided[0])
 
     first, *others = good
     for argument in others:
@@ -168,6 +170,31 @@ def test_bad_arguments_of_the_launchers_are_errors(name):
         wrong = [*grads[:place], grad[..., 1:], *grads[place + 1 :]]
         refused(ValueError, r"grad\w*: expected shape", grads=wrong)
     refused(ValueError, f"needs: expected {len(good)} entries, got {len(good) + 1}", needs=[*needs, True])
+    if kept:
+        refused(ValueError, "y: expected shape", kept=[kept[0][:, 1:], kept[1]])
+        refused(ValueError, "hidden: expected shape", kept=[kept[0], kept[1][:, 1:]])
+    if "negative_slope" in options:
+        refused(ValueError, r"negative_slope: .*\[0, 1\), got 1", options=options | {"negative_slope": 1.0})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_residual_gradients_are_the_same_from_a_kept_and_from_a_computed_hidden_map(sizes, dtype):
+    case = case_of("residual_conv", sizes, dtype)
+    tensors, options = FAMILY["residual_conv"].inputs(case).values(), case.options.values()
+    y, none = _C.residual_conv_forward(*tensors, *options, False)
+    again, hidden = _C.residual_conv_forward(*tensors, *options, True)
+    assert none is None
+    assert torch.equal(again, y)
+    gradient = FAMILY["residual_conv"].gradient(case, y)
+    needs = [True] * len(tensors)
+    found = _C.residual_conv_backward(gradient, y, hidden, *tensors, *options, needs)
+    expected = _C.residual_conv_backward(gradient, y, y.new_empty(0), *tensors, *options, needs)
+    for actual, truth in zip(found, expected, strict=True):
+        if dtype == torch.bfloat16:  # which a kept map is rounded to
+            assert (actual - truth).norm() <= 8 * torch.finfo(dtype).eps * truth.norm()
+        else:
+            assert torch.equal(actual, truth)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -29,6 +29,7 @@ CALLS = {  # of each seed
     "dynamic_filter": 100,
     "feature_mixing": 60,
     "normalized_qkv": 40,
+    "residual_conv": 40,
     "window_attention": 60,
 }
 

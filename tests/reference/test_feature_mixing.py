@@ -109,3 +109,29 @@ def test_the_conv_relu_at_each_pixel():
     torch.testing.assert_close(reference.conv_relu(x, joined, weight, scale, shift), expected)
     alone = reference.conv_relu(torch.cat([x, joined], 1), None, weight, scale, shift)
     torch.testing.assert_close(alone, expected)
+
+
+def test_the_residual_convolutions_at_each_pixel():
+    x, joined, weight1, bias1 = numbers(2, 3, 4, 5), numbers(2, 1, 4, 5), numbers(6, 4, 3, 3), numbers(6)
+    weight2, bias2, identity_weight, identity_bias = numbers(6, 6, 3, 3), numbers(6) + 1, numbers(6, 4), numbers(6) - 1
+    maps, hidden = (torch.zeros(2, c, 4 + 2, 5 + 2, dtype=torch.float64) for c in (4, 6))  # surrounded by zeros
+    maps[:, :3, 1:-1, 1:-1], maps[:, 3:, 1:-1, 1:-1] = x, joined
+    expected = torch.empty(2, 6, 4, 5, dtype=torch.float64)
+
+    def leaky(value):
+        return torch.where(value > 0, value, 0.1 * value)
+
+    def convolved(values, weight, bias, row, column):
+        return torch.einsum("oiyx,biyx->bo", weight, values[:, :, row : row + 3, column : column + 3]) + bias
+
+    pixels = torch.cartesian_prod(torch.arange(4), torch.arange(5)).tolist()
+    for row, column in pixels:
+        hidden[:, :, row + 1, column + 1] = leaky(convolved(maps, weight1, bias1, row, column))
+    for row, column in pixels:
+        identity = maps[:, :, row + 1, column + 1] @ identity_weight.T + identity_bias
+        expected[:, :, row, column] = leaky(convolved(hidden, weight2, bias2, row, column)) + 2 * identity
+    weights, options = (weight1, bias1, weight2, bias2, identity_weight, identity_bias), {"negative_slope": 0.1}
+    actual = reference.residual_conv(x, joined, *weights, identity_scale=2, **options)
+    torch.testing.assert_close(actual, expected)
+    alone = reference.residual_conv(torch.cat([x, joined], 1), None, *weights, identity_scale=2, **options)
+    torch.testing.assert_close(alone, expected)

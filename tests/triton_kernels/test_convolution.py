@@ -1,71 +1,20 @@
 """The Triton kernels of 3×3 convolutions against the truth, and what they may read and write."""
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mitnet_fast.triton_kernels import convolution as launchers
 from mitnet_fast.triton_kernels._common import MAX_PIXELS, record_launches
 
 from mitnet_fast import reference
-from mitnet_fast.specs import CONV_RELU, DENSE_BLOCK, Case, OpSpec, compare
+from mitnet_fast.specs import CONV_RELU, DENSE_BLOCK, RESIDUAL_CONV, Case, compare
 from mitnet_fast.verify import poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
-
-
-class LaunchedResidualConv(torch.autograd.Function):
-    """The launchers of residual_conv behind autograd."""
-
-    @staticmethod
-    def forward(ctx, options, *tensors):
-        ctx.options = options
-        ctx.save_for_backward(*tensors)
-        return launchers.residual_conv_forward(*tensors, *options, False)
-
-    @staticmethod
-    def backward(ctx, grad):
-        needs = ctx.needs_input_grad[1:]
-        return None, *launchers.residual_conv_backward(grad, *ctx.saved_tensors, *ctx.options, needs, False)
-
-
-def residual_conv_shapes(case):
-    b, c, h, w, joined, out = (case.sizes[n] for n in ("batch", "channels", "height", "width", "joined", "out"))
-    maps = {"x": (b, c, h, w), "joined": (b, joined, h, w) if joined else None}
-    weights = {"weight1": (out, c + joined, 3, 3), "bias1": (out,), "weight2": (out, out, 3, 3), "bias2": (out,)}
-    return maps | weights | {"identity_weight": (out, c + joined), "identity_bias": (out,)}
-
-
-def residual_conv_as_seen(case, tensors, backend):
-    """The formula, whose LeakyReLUs may take what is 0 within rounding for the other sign."""
-    slope, scale = case.options["negative_slope"], case.options["identity_scale"]
-
-    def layer(x, weight, bias, other_side):
-        hidden = F.conv2d(x, weight, bias, padding=1)
-        if not other_side:
-            return F.leaky_relu(hidden, slope)
-        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1)
-        return hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, slope)
-
-    def formula(x, joined, weight1, bias1, weight2, bias2, identity_weight, identity_bias, other_side=False):
-        maps = x if joined is None else torch.cat([x, joined], 1)
-        identity = F.conv2d(maps, identity_weight[..., None, None], identity_bias)
-        return layer(layer(maps, weight1, bias1, other_side), weight2, bias2, other_side) + scale * identity
-
-    return formula
-
-
-class ResidualConv(OpSpec):
-    """Runs the launchers themselves, and the formula for the reference."""
-
-    def run(self, case, tensors, backend):
-        if backend == "triton":
-            options = case.options["identity_scale"], case.options["negative_slope"]
-            return LaunchedResidualConv.apply(options, *tensors.values())
-        return residual_conv_as_seen(case, tensors, backend)(**tensors)
 
 
 def case(batch, channels, height, width, dtype=FLOAT32, layout="contiguous", options=(), **more):
@@ -76,23 +25,6 @@ def case(batch, channels, height, width, dtype=FLOAT32, layout="contiguous", opt
 def residual(*sizes, scale=1.0, slope=0.2, **more):
     return case(*sizes, options={"identity_scale": scale, "negative_slope": slope}, **more)
 
-
-RESIDUAL_CONV = ResidualConv(
-    name="residual_conv",
-    family="feature_mixing",
-    shapes=residual_conv_shapes,
-    maps=("x", "joined"),
-    output_shape=lambda case: (case.sizes["batch"], case.sizes["out"], case.sizes["height"], case.sizes["width"]),
-    cases=(),
-    typical=residual(2, 3, 6, 9, joined=5, out=4),
-    random_sizes=lambda random: (
-        CONV_RELU.random_sizes(random)[0],
-        {"identity_scale": random.choice((1.0, 2.0)), "negative_slope": random.choice((0.0, 0.2))},
-    ),
-    benchmark_cases=(),
-    flops=lambda case: (0, 0),
-    as_seen=residual_conv_as_seen,
-)
 
 # together, for every operator: every dtype and layout, one pixel, several tiles of either kind, one map and two; blocks
 # of channels, groups of outputs
@@ -165,10 +97,17 @@ def arguments(spec, chosen):
     return gradient, *spec.inputs(chosen, DEVICE).values(), *options
 
 
+def residual_backward(grad, *call, keeps=True):
+    """All of the backward of residual_conv, behind a forward that has kept what lies between or not."""
+    *forward, _, tf32 = call
+    y, hidden = launchers.residual_conv_forward(*forward, keeps, tf32)
+    return launchers.residual_conv_backward(grad, y, grad.new_empty(0) if hidden is None else hidden, *call)
+
+
 BACKWARD = [
     (launchers.dense_block_backward, DENSE_BLOCK, case(1, 1, 2, 3, growth=1)),
-    (launchers.residual_conv_backward, RESIDUAL_CONV, residual(1, 2, 2, 3, joined=1, out=2)),
-    (launchers.residual_conv_backward, RESIDUAL_CONV, residual(1, 2, 2, 3, joined=0, out=2)),
+    (residual_backward, RESIDUAL_CONV, residual(1, 2, 2, 3, joined=1, out=2)),
+    (partial(residual_backward, keeps=False), RESIDUAL_CONV, residual(1, 2, 2, 3, joined=0, out=2)),
 ]
 
 
@@ -184,11 +123,20 @@ def test_exactly_the_wanted_gradients_are_computed(backward, spec, chosen):
             assert torch.equal(gradient, expected) if needed else gradient is None
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_is_kept_is_what_would_be_computed_again(layout):
+    grad, *call = arguments(RESIDUAL_CONV, residual(2, 3, 4, 5, layout=layout, joined=2, out=4))
+    kept = residual_backward(grad, *call, [True] * 8, False)
+    computed = residual_backward(grad, *call, [True] * 8, False, keeps=False)
+    for gradient, expected in zip(kept, computed, strict=True):
+        assert torch.equal(gradient, expected)
+
+
 def test_a_partial_sum_of_weights_may_have_several_samples():
     grad, x, joined, *rest = arguments(RESIDUAL_CONV, residual(9, 2, 3, 2, joined=1, out=3, scale=0.5))
     with poisoned_memory():
         needs = [False] * 6 + [True] * 2
-        *_, weight, bias = launchers.residual_conv_backward(grad, x, joined, *rest, needs, False)
+        *_, weight, bias = residual_backward(grad, x, joined, *rest, needs, False)
     torch.testing.assert_close(weight, 0.5 * torch.einsum("bohw,bchw->oc", grad, torch.cat([x, joined], 1)))
     torch.testing.assert_close(bias, 0.5 * grad.sum((0, 2, 3)))
 
@@ -206,11 +154,11 @@ def test_slices_are_read_in_place_and_nothing_around_them(layout):
     grad, x, joined, *rest = arguments(RESIDUAL_CONV, residual(2, 3, 3, 4, joined=2, out=3))
     maps = [inside_nan(tensor, layout) for tensor in (grad, x, joined)]
     with record_launches() as launches:
-        launchers.residual_conv_forward(*maps[1:], *rest, False)
+        launchers.residual_conv_forward(*maps[1:], *rest, False, False)
     read = [argument.data_ptr() for argument in launches[0].arguments[:2]]
     assert read == [tensor.data_ptr() for tensor in maps[1:]]
-    actual = launchers.residual_conv_backward(*maps, *rest, [True] * 8, False)
-    expected = launchers.residual_conv_backward(grad, x, joined, *rest, [True] * 8, False)
+    actual = residual_backward(*maps, *rest, [True] * 8, False)
+    expected = residual_backward(grad, x, joined, *rest, [True] * 8, False)
     for gradient, near in zip(actual, expected, strict=True):
         torch.testing.assert_close(gradient, near)
 
@@ -258,13 +206,14 @@ def test_offsets_reach_beyond_two_to_the_31():
         return storage[start:].as_strided(tensor.shape, (0, far, 3, 1)).copy_(tensor)
 
     distant = [spread(tensor, 16 * place) for place, tensor in enumerate((grad, x, joined))]
-    near = launchers.residual_conv_backward(grad, x, joined, *rest, [True] * 8, False)
-    for gradient, expected in zip(
-        launchers.residual_conv_backward(*distant, *rest, [True] * 8, False), near, strict=True
-    ):
+    near = residual_backward(grad, x, joined, *rest, [True] * 8, False)
+    for gradient, expected in zip(residual_backward(*distant, *rest, [True] * 8, False), near, strict=True):
         assert torch.equal(gradient, expected)
-    near = launchers.residual_conv_forward(x, joined, *rest, False)
-    assert torch.equal(launchers.residual_conv_forward(*distant[1:], *rest, False), near)
+    near, hidden = launchers.residual_conv_forward(x, joined, *rest, True, False)
+    for actual, expected in zip(
+        launchers.residual_conv_forward(*distant[1:], *rest, True, False), (near, hidden), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 def on_meta(spec, chosen):
@@ -281,8 +230,8 @@ def test_more_pixels_than_the_kernels_can_count_are_refused():
         lambda: launchers.conv_relu_forward(x, None, *conv, False),
         lambda: launchers.dense_block_forward(x, *dense, False),
         lambda: launchers.dense_block_backward(x, x, *dense, [True] * 5, False),
-        lambda: launchers.residual_conv_forward(x, None, *blocks, False),
-        lambda: launchers.residual_conv_backward(x, x, None, *blocks, [True, False, *[True] * 6], False),
+        lambda: launchers.residual_conv_forward(x, None, *blocks, False, False),
+        lambda: launchers.residual_conv_backward(x, x, x, x, None, *blocks, [True, False, *[True] * 6], False),
     ):
         with pytest.raises(ValueError, match=message):
             call()
