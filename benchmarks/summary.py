@@ -56,7 +56,7 @@ def markdown(folder: Path, pictures: str = "") -> str:
     if any(row["kind"] == "operator" for row in rows):
         lines += [f"![Operations per second below the machine's limits]({prefix}roofline.png)", ""]
     lines += _work(found["work"])
-    lines += _parts(found["work-parts"])
+    lines += _parts(found["work-parts"], judge_work(found["work"]))
     if found["scaling"]:
         lines += [f"![Seconds and memory over image size and batch]({prefix}scaling.png)", ""]
         lines += _scaling(found["scaling"])
@@ -135,13 +135,28 @@ def _work(rows: Rows) -> Iterator[str]:
     yield ""
 
 
-def _parts(rows: Rows) -> Iterator[str]:
+def _parts(rows: Rows, verdicts: Sequence[Verdict]) -> Iterator[str]:
     if not rows:
         return
-    yield "| what a fused step on a CPU is made of | | operators | GB |"
-    yield "|---|---|--:|--:|"
-    for row in rows:
-        yield f"| {row['network']} | {row['part']} | {row['operators']:,} | {row['gigabytes']:.1f} |"
+    implementations = list(dict.fromkeys(row["implementation"] for row in rows))
+    moved = {(row["network"], row["part"], row["implementation"]): row["gigabytes"] for row in rows}
+    operators = {(row["network"], row["part"]): row["operators"] for row in rows}
+    yield "| what a fused step is made of | | operators |" + "".join(f" GB, {name} |" for name in implementations)
+    yield "|---|---|--:|" + "--:|" * len(implementations)
+    for (network, part), count in operators.items():
+        amounts = (moved.get((network, part, name)) for name in implementations)
+        cells = ("" if amount is None else f"{amount:.1f}" for amount in amounts)
+        yield f"| {network} | {part} | {count:,} | {' | '.join(cells)} |"
+    yield ""
+    missed = [each for each in verdicts if each.word == "missed"]
+    above = "; ".join(f"{each.subject} {each.result}, {each.aim} wanted" for each in missed)
+    yield (
+        (f"Above what was aimed at: {above}. " if missed else "All of it is within what was aimed at. ")
+        + "Kernels on a CPU keep in its cache the maps that lie between the products of one operator; Triton's write "
+        "them and read them again, in the backward several times: that is where its column is larger. What neither of "
+        "them has a part in are the library's strided, transposed and single convolutions, and the sums of the "
+        "gradients of maps that several parts read."
+    )
     yield ""
 
 

@@ -10,7 +10,8 @@ in Triton are launched by the operator's own launcher on tensors without storage
 launch and for every operator of PyTorch between them: each is a kernel.
 
 The counts do not depend on the machine: shapes are propagated through the operators' fake kernels.
-OUTPUT.csv and .json hold a network a row, OUTPUT-parts.csv and .json what the fused networks' steps are made of.
+OUTPUT.csv and .json hold a network and implementation a row, OUTPUT-parts.csv and .json what the fused networks'
+steps are made of.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ PASSES: dict[str, Callable[[Sequence[torch.Tensor]], float]] = {
 TRANSFORMS = {"_fft_r2c": transform, "_fft_c2r": transform}
 
 
-CONVOLUTIONS, FUSED, ELSE = "convolutions", "fused operators", "everything else"
-PARTS = {  # of a step, by the names of operators
+CONVOLUTIONS, ELSE = "convolutions", "everything else"
+PARTS = {  # of a step beside fused operators, by the names of operators
     CONVOLUTIONS: ("convolution", "convolution_backward"),
     "sums of maps and of gradients": ("add", "add_"),
     "activations": (
@@ -194,9 +195,9 @@ PARTS = {  # of a step, by the names of operators
 
 
 def part_of(operator: str) -> str:
-    """The part of a step that an operator belongs to."""
+    """The part of a step that an operator belongs to: a fused one's is itself, forward and backward."""
     if hasattr(torch.ops.mitnet_fast, operator):
-        return FUSED
+        return operator.removesuffix("_backward")
     return next((part for part, operators in PARTS.items() if operator in operators), ELSE)
 
 
@@ -271,6 +272,7 @@ class PartRow:
     """Work of one part of a fused network's training step."""
 
     network: str
+    implementation: str
     part: str
     operators: int
     gigabytes: float
@@ -323,19 +325,20 @@ def rows(network: str, batch: int = 8, size: int = 256) -> list[Row]:
 
 
 def parts(network: str, batch: int = 8, size: int = 256) -> list[PartRow]:
-    """What a fused network's training step on a CPU is made of, what moves most first; nothing without the kernels."""
-    if ON_CPU not in implementations():
-        return []
-    counter = count(network, batch, size, ON_CPU)
-    operators: Counter[str] = Counter()
-    moved: Counter[str] = Counter()
-    for operator, calls in counter.operators.items():
-        operators[part_of(operator)] += calls
-        moved[part_of(operator)] += counter.bytes[operator]
-    return [
-        PartRow(network, part, operators[part], round(amount / 1e9, 1), **_source())
-        for part, amount in moved.most_common()
-    ]
+    """What a fused network's training step is made of, what moves most first; nothing without the kernels."""
+    found = []
+    for implementation in implementations()[1:]:
+        counter = count(network, batch, size, implementation)
+        operators: Counter[str] = Counter()
+        moved: Counter[str] = Counter()
+        for operator, calls in counter.operators.items():
+            operators[part_of(operator)] += calls
+            moved[part_of(operator)] += counter.bytes[operator]
+        found += [
+            PartRow(network, implementation, part, operators[part], round(amount / 1e9, 1), **_source())
+            for part, amount in moved.most_common()
+        ]
+    return found
 
 
 def _source() -> dict[str, str]:
