@@ -149,15 +149,18 @@ def _parts(rows: Rows, verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"| {network} | {part} | {count:,} | {' | '.join(cells)} |"
     yield ""
     missed = [each for each in verdicts if each.word == "missed"]
-    above = "; ".join(f"{each.subject} {each.result}, {each.aim} wanted" for each in missed)
-    yield (
-        (f"Above what was aimed at: {above}. " if missed else "All of it is within what was aimed at. ")
-        + "Kernels on a CPU keep in its cache the maps that lie between the products of one operator; Triton's write "
-        "them and read them again, in the backward several times: that is where its column is larger. What neither of "
-        "them has a part in are the library's strided, transposed and single convolutions, and the sums of the "
-        "gradients of maps that several parts read."
-    )
-    yield ""
+    if missed:
+        above = "; ".join(f"{each.subject} {each.result}, {each.aim} wanted" for each in missed)
+        yield f"Above what was aimed at: {above}."
+        yield ""
+    if len(implementations) > 1:
+        yield (
+            "Most kernels on a CPU keep in its cache the maps that lie between the products of one operator; Triton's "
+            "write them and read them again, in the backward several times: that is where its column is larger. What "
+            "neither of them has a part in are the library's strided, transposed and single convolutions, and the sums "
+            "of the gradients of maps that several parts read."
+        )
+        yield ""
 
 
 def _scaling(rows: Rows) -> Iterator[str]:

@@ -128,8 +128,8 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
-// Zeros, unless the kernel reads nothing that it has not written, since vectors run over the gaps between rows and
-// channels: what lies there reaches no result, but products of subnormal numbers, which memory that others have used is
+// The workspace is zeroed where the kernel reads what it has not written: vectors run over the gaps between rows and
+// channels. What lies there reaches no result, but products of subnormal numbers, which memory that others have used is
 // full of, take a hundred times as long.
 template <typename Call>
 void launch_on_cpu(const CpuKernel<Call>& kernel, const Call& call, bool reads_gaps = true) {
@@ -1058,7 +1058,7 @@ std::tuple<at::Tensor, std::optional<at::Tensor>> residual_conv_forward(
                                  residual_weights(dense),
                                  mutable_view(y),
                                  mutable_view(hidden)};
-  launch_on_cpu(residual_conv_cpu_kernels().forward, call, false);
+  launch_on_cpu(residual_conv_cpu_kernels().forward, call, /*reads_gaps=*/false);
   return {y, if_defined(hidden)};
 }
 
@@ -1093,7 +1093,7 @@ Gradients residual_conv_backward(const at::Tensor& grad, const at::Tensor& y, co
                                   grads.data(3),
                                   grads.data(4),
                                   grads.data(5)};
-  launch_on_cpu(residual_conv_cpu_kernels().backward, call, false);
+  launch_on_cpu(residual_conv_cpu_kernels().backward, call, /*reads_gaps=*/false);
   return grads.behind({if_defined(grad_x), if_defined(grad_joined)});
 }
 

@@ -21,7 +21,8 @@ so that no gradient is read to be added to. A second kernel makes all gradients 
 
 Nothing is concatenated: a convolution reads two maps side by side. What lies between the layers is in the tensors'
 dtype, channels innermost, the layers of a dense block side by side in one buffer. The backward computes features
-again. Pixels are counted through the whole image, p = h·W + w. Sums run in float32 in a fixed order, without atomics.
+again, but for the map that residual_conv may keep, in the layout of x. Pixels are counted through the whole image,
+p = h·W + w. Sums run in float32 in a fixed order, without atomics.
 """
 
 from __future__ import annotations

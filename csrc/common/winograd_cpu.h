@@ -3,7 +3,7 @@
 //   (Bᵀ d B) ⊙ (G g Gᵀ) = m,  Aᵀ m A = the 2×2 results,
 // where m is summed over channels before the last step. From the gradient r of the results that of the weights is
 //   Gᵀ [(Bᵀ d B) ⊙ (A r Aᵀ)] G,
-// summed over tiles before the last step. Vectors run along channels.
+// summed over tiles before the last step.
 //
 // To be included by sources that are compiled once per instruction set.
 #pragma once

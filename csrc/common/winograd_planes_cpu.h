@@ -144,8 +144,9 @@ struct StripValues {
   static StripValues take(Arena& arena, int64_t points, int64_t rows, int64_t vectors) {
     constexpr int64_t line = 64 / sizeof(T);
     const int64_t pitch = (vectors | 1) * Vec<T>::size();
-    // products write whole blocks of rows
-    const int64_t stride = (divide_up(round_up(rows, 2 * filter_rows) * pitch, line) | 1) * line;
+    // products write whole blocks of rows, what is summed comes in whole blocks of sums, vectors run over the last row
+    const int64_t all_rows = round_up(round_up(rows, sum_columns), 2 * filter_rows);
+    const int64_t stride = (divide_up(all_rows * pitch + Vec<T>::size(), line) | 1) * line;
     return {arena.take<T>(points * stride), pitch, stride};
   }
 
@@ -508,17 +509,6 @@ void convolve_strip(const TilePlanes<T>& planes, const TilePlaces& places, const
   }
 }
 
-// The sum of each of the vectors, in the first.
-template <int width, typename T>
-ALWAYS_INLINE void sum_each(Square<T>& square) {
-  UNROLLED_FOR(i, width) {
-    Square<T>::template swap_lanes<width>(square.rows[i], square.rows[i + width],
-                                          std::make_integer_sequence<int, Square<T>::side>());
-    square.rows[i] += square.rows[i + width];
-  }
-  if constexpr (width > 1) sum_each<width / 2>(square);
-}
-
 // Adds factor · Σ a · b to a block of sums; add_products(add) calls add(a, pitch of its rows, b, pitch, count) for so
 // many consecutive places of each.
 template <typename T, typename AddProducts>
@@ -544,7 +534,7 @@ ALWAYS_INLINE void add_block(T factor, T* sums, AddProducts add_products) {
   UNROLLED_FOR(part, block / lanes) {
     Square<T> square;
     UNROLLED_FOR(i, lanes) { square.put(i, sum[(part * lanes + i) / sum_columns][(part * lanes + i) % sum_columns]); }
-    sum_each<lanes / 2>(square);
+    square.sum_lanes();
     T* const total = sums + part * lanes;
     at::vec::fmadd(Vec<T>(factor), square.row(0), Vec<T>::loadu(total)).store(total);
   }

@@ -15,8 +15,8 @@
 //                   y = ReLU(fuse_weight · f_5 + fuse_bias) + x
 //   conv-ReLU       y = ReLU(scale · conv3×3([x, joined]) + shift), zeros around the map
 //   residual        h = LeakyReLU(conv3×3([x, joined]) + bias1), zeros around both maps
-//   convolutions    y = LeakyReLU(conv3×3(h) + bias2) + identity_scale · (identity_weight · [x, joined] +
-//   identity_bias)
+//   convolutions    s = identity_weight · [x, joined] + identity_bias
+//                   y = LeakyReLU(conv3×3(h) + bias2) + identity_scale · s
 //
 // Maps have any strides; all tensors of a call have one data type, arithmetic is float32 (float64 for
 // float64). Weights and their gradients are contiguous.

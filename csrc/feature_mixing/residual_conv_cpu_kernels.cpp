@@ -4,12 +4,14 @@
 //   grad_z = g ⊙ LeakyReLU'(z)                    grad_weight2(tap) = Σ_pixels grad_z·h(p + tap)ᵀ
 //   grad_h = LeakyReLU'(h) ⊙ weight2ᵀ·grad_z      grad_weight1(tap) = Σ_pixels grad_h·[x, joined](p + tap)ᵀ
 //   grad_[x, joined] = weight1ᵀ·grad_h + identity_scale·identity_weightᵀ·g
-// Whether z is positive shows in y, which is then more than the shortcut, computed again to the same bits. Only where y
-// is rounded to a narrower type than the shortcut, z is computed again too.
+// Whether z is positive shows in y, which is then more than the shortcut, computed again to the same bits; a z that y's
+// rounding lost beside the shortcut counts as 0. Only where y is rounded to a narrower type than the shortcut, z is
+// computed again too.
 //
 // Of tall maps a task takes a band of rows and goes down it: a few rows of everything lie in second-level cache, each
-// stage as far ahead of the next as that reads beyond its own rows. Of short maps it takes whole samples, or, where
-// threads would be left without, strips of some samples in each stage, and panels of channels.
+// stage as far ahead of the next as that reads beyond its own rows. Bands are not made smaller for more threads, so one
+// image of 256 rows occupies four. Of short maps a task takes whole samples, or, where threads would be left without,
+// strips of some samples in each stage, and panels of channels.
 
 #include "common/winograd_planes_cpu.h"
 #include "feature_mixing/feature_mixing_cpu.h"

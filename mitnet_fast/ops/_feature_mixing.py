@@ -367,7 +367,9 @@ def residual_conv(
 
     With m = [x, joined] the result is ``LeakyReLU(W2*LeakyReLU(W1*m + b1) + b2) + identity_scale·(Wi·m + bi)``, zeros
     around the maps. The compiled operator keeps its result for the backward and, in single and double precision, the
-    map between the convolutions.
+    map between the convolutions. On a CPU the second LeakyReLU's gradient follows there from the result: where the
+    shortcut is so large that rounding loses the convolutions beside it, it is the slope. In half precision and in
+    Triton the second convolution is computed again.
 
     Args:
         x: [B, C1, H, W].
@@ -469,7 +471,7 @@ def _call(
     if name not in _KEEPING:
         return operator(*tensors, *options.values(), chosen)
     has_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # half precision would round it
+    # half precision would round it, where kernels on a CPU do not
     keeps = has_gradient and x.dtype in (torch.float32, torch.float64)
     return operator(*tensors, *options.values(), keeps, chosen)[0]
 

@@ -26,7 +26,9 @@ SIZES = [
     {"batch": 1, "channels": 17, "height": 3, "width": 300},
     {"batch": 67, "channels": 2, "height": 6, "width": 7},
     {"batch": 2, "channels": 5, "height": 140, "width": 64},
+    {"batch": 1, "channels": 4, "height": 131, "width": 600},
 ]
+WIDTHS = range(1, 42)  # channels: every remainder of the blocks in which products and sums are computed
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_operator = pytest.mark.parametrize("name", FAMILY)
 
@@ -34,6 +36,15 @@ every_operator = pytest.mark.parametrize("name", FAMILY)
 def case_of(name, sizes, dtype=torch.float32, layout="contiguous"):
     typical = FAMILY[name].typical
     return replace(typical, sizes=typical.sizes | sizes, dtype=dtype, layout=layout, seed=1)
+
+
+def of_width(name, channels):
+    """Small cases of so many channels, in every map that may have them."""
+    sizes = {"batch": 1, "channels": channels, "height": 5, "width": 6}
+    typical = FAMILY[name].typical.sizes
+    if "out" not in typical:
+        return [case_of(name, sizes)]
+    return [case_of(name, sizes | {"out": channels, "joined": joined}) for joined in (0, typical["joined"])]
 
 
 def failures(name, case):
@@ -48,6 +59,14 @@ def test_tiles_fit_together(name, sizes):
         for dtype in DTYPES:
             assert not failures(name, case_of(name, sizes, dtype, layouts[dtype]))
         assert not failures(name, case_of(name, sizes, layout="channels_last"))
+
+
+@every_operator
+def test_any_number_of_channels(name):
+    with poisoned_memory():
+        for channels in WIDTHS:
+            for case in of_width(name, channels):
+                assert not failures(name, case)
 
 
 def results(name, case, needs=None):
@@ -87,13 +106,16 @@ ELSEWHERE = """
 import torch
 from mitnet_fast import _C
 from mitnet_fast.verify import poisoned_memory
-from tests.ops.test_feature_mixing_cpp import DTYPES, FAMILY, SIZES, case_of, failures
+from tests.ops.test_feature_mixing_cpp import DTYPES, FAMILY, SIZES, WIDTHS, case_of, failures, of_width
 torch.set_num_threads(1)
 print(_C.cpu_capability())
 with poisoned_memory():
     for name in FAMILY:
         for sizes, dtype in zip(SIZES, DTYPES):
             print(*failures(name, case_of(name, sizes, dtype, "channels_last")), sep="\\n", end="")
+        for channels in WIDTHS:
+            for case in of_width(name, channels):
+                print(*failures(name, case), sep="\\n", end="")
 """
 
 

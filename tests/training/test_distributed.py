@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ SAMPLES = {"mitnet": 5, "dcmpnet": 8, "dcmpnet-eval": 7}
 SCRIPT = """
 import atexit, sys, torch
 from pathlib import Path
-from tests.training.test_distributed import OVERRIDES, begin, end_without_threads_of_the_group
+from tests.training.test_distributed import OVERRIDES, begin, end_without_threads_of_the_group, names_of_threads
 
 atexit.register(end_without_threads_of_the_group)  # called after what training registers
 torch.set_num_threads(1)
@@ -43,6 +44,7 @@ for run in OVERRIDES:
     result = begin(run, folder / f"{run}-resumed", max_steps=1)
     assert not result.finished
     begin(run, folder / f"{run}-resumed", resume=True)
+assert any("gloo" in name for name in names_of_threads())
 """
 
 
@@ -56,10 +58,18 @@ def begin(run: str, folder: Path, *overrides: str, **arguments):
         return train(config, folder, datasets=datasets, progress=False, **arguments)
 
 
+def names_of_threads() -> list[str]:
+    """Of this process, those that the interpreter does not know of included."""
+    names = []
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # one that has ended meanwhile
+            names.append(name.read_text().strip())
+    return names
+
+
 def end_without_threads_of_the_group() -> None:
     """Fail where threads of the process group outlive it: they abort a process that ends before them, now and then."""
-    names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
-    if left := [name for name in names if "gloo" in name]:
+    if left := [name for name in names_of_threads() if "gloo" in name]:
         print(f"threads that outlive the process group: {left}", file=sys.stderr, flush=True)
         os._exit(1)
 
