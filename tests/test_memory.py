@@ -229,7 +229,8 @@ def test_what_fits_in_no_way_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10**6)
     monkeypatch.setattr("mitnet_fast.inference.read_image", None)  # it is refused before it is decoded
     (result,) = dehaze_files(model, source, tmp_path / "out").results
-    assert result.error == "500×300 pixels need 15 MB to be read and written, 1 MB are free"
+    needed = memory.in_words(500 * 300 * memory.MEASURED["files"])
+    assert result.error == f"500×300 pixels need {needed} to be read and written, 1 MB are free"
     assert model.seen == []
     assert not any((tmp_path / "out").iterdir())
 
