@@ -24,7 +24,7 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._registration import define, differentiate, empty_for, or_empty
+from ._registration import define, differentiate, empty_for, in_layout_of, or_empty
 
 ON_CPU = {("cpp", "cpu"): frozenset({torch.float32, torch.float64, torch.bfloat16})}
 IN_TRITON = dict.fromkeys(
@@ -452,10 +452,11 @@ def _call(
     shapes: dict[str, tuple[int, ...]],
     meanings: dict[str, str],
     backend: str | None,
-    options: Mapping[str, float] = MappingProxyType({}),
+    options: Mapping[str, float] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Check the arguments against their shapes, cast them, choose the backend and run, with ``options`` behind them."""
     check_backend(backend)
+    options = options or {}
     for argument, shape in shapes.items():
         check_tensor(argument, arguments[argument], meanings[argument])
         check_shape(argument, arguments[argument], shape, meanings[argument])
@@ -526,7 +527,11 @@ def _register(
     def backward(*arguments):
         *values, needs, backend = arguments
         grads = run_backward(*values, needs) if run_backward else launch("backward", backend, *values, needs)
-        return tuple(or_empty(gradient, values[0]) for gradient in grads)
+        # weights may be in channels_last; kernels write their gradients contiguously
+        return tuple(
+            or_empty(gradient, values[0]) if gradient is None else in_layout_of(tensor, gradient)
+            for gradient, tensor in zip(grads, inputs_of(values), strict=True)
+        )
 
     def setup(ctx, inputs, output):
         ctx.options, ctx.backend = inputs[count : count + len(options)], inputs[-1]
@@ -550,11 +555,15 @@ def _register(
 
     def fake_gradients(*arguments):
         *values, needs, _ = arguments
-        inputs = values[len(values) - len(options) - count :][:count]
+        inputs = inputs_of(values)
         return tuple(
             empty_for(inputs[0] if tensor is None else tensor, needed)
             for tensor, needed in zip(inputs, needs, strict=True)
         )
+
+    def inputs_of(values):
+        """The tensors among what a backward is given."""
+        return values[len(values) - len(options) - count :][:count]
 
     def several(number):
         return f"({', '.join(['Tensor'] * number)})" if number > 1 else "Tensor"

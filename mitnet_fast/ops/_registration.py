@@ -54,6 +54,11 @@ def empty_for(tensor: torch.Tensor, needed: bool = True, channels: int | None = 
     return torch.empty_like(tensor, memory_format=layout_of(tensor) if tensor.dim() == 4 else torch.contiguous_format)
 
 
+def in_layout_of(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient in the layout in which :func:`empty_for` promises it for ``tensor``."""
+    return gradient.contiguous(memory_format=layout_of(tensor) if tensor.dim() == 4 else torch.contiguous_format)
+
+
 def or_empty(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """What a backward operator returns for a gradient that was not asked for: no elements."""
     return like.new_empty(0) if gradient is None else gradient

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_utils import CrossRefFakeMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +147,31 @@ def test_opcheck_finds_nothing(spec, backend, device):
         tensors = [t if t is None else t.requires_grad_() for t in spec.inputs(case, device).values()]
         operator = getattr(torch.ops.mitnet_fast, spec.name).default
         torch.library.opcheck(operator, (*tensors, *case.options.values(), *decided, backend))
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_results_are_laid_out_as_the_fake_kernels_say(spec, backend, device, layout):
+    """Those of the backward too, and where weights are in channels_last, as they are in a network that is."""
+    case = typical(spec, layout=layout)
+    tensors = spec.inputs(case, device)
+    if layout == "channels_last":
+        tensors |= {
+            name: tensor.contiguous(memory_format=torch.channels_last)
+            for name, tensor in tensors.items()
+            if tensor is not None and tensor.dim() == 4
+        }
+    gradient = spec.gradient(case, spec.uninitialized(case, device))
+    operators = spec.name, f"{spec.name}_backward"
+    checked = []
+
+    def is_anothers(function):
+        checked.append(function.overloadpacket.__name__)
+        return checked[-1] not in operators
+
+    with CrossRefFakeMode(ignore_op_fn=is_anothers, check_aliasing=False, only_check_ops_with_meta=False):
+        outputs_and_gradients(spec, case, tensors, gradient, backend)
+    assert set(operators) <= set(checked)
 
 
 @every_kernel
