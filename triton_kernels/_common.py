@@ -20,6 +20,7 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILER_OPTIONS = {"enable_fp_fusion": True}  # a multiplication and an addition round once; the default varies
 MAX_PIXELS = 2**30
+PIXELS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
 TUNED = Path(__file__).with_name("tuned")
 
 

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    PIXELS_IN_SEQUENCE,
     Map,
     as_map,
     check_pixels,
@@ -57,7 +58,6 @@ FAMILY = "convolution"
 DENSE_LAYERS = 5
 DENSE_DILATION = 2
 ALIGNED = 8  # channels: 16 bytes of bfloat16
-PIXELS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
 
 
 @triton.jit

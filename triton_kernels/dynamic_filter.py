@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    PIXELS_IN_SEQUENCE,
     Map,
     as_map,
     check_pixels,
@@ -42,7 +43,6 @@ from ._common import (
 )
 
 FAMILY = "dynamic_filter"
-PIXELS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
 
 
 @triton.jit

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    PIXELS_IN_SEQUENCE,
     Map,
     as_map,
     check_pixels,
@@ -57,7 +58,6 @@ from ._common import (
 
 FAMILY = "feature_mixing"
 MAX_CHANNELS = 128  # of a tile, which a program has on chip
-PIXELS_IN_SEQUENCE = 8192  # at most so many are summed one after another, which bounds the rounding error
 SIDE = tl.constexpr(5)  # of the depthwise convolution, pixels
 TAPS = tl.constexpr(25)
 NORM_EPS = tl.constexpr(1e-5)

@@ -529,7 +529,7 @@ def _register(
         grads = run_backward(*values, needs) if run_backward else launch("backward", backend, *values, needs)
         # weights may be in channels_last; kernels write their gradients contiguously
         return tuple(
-            or_empty(gradient, values[0]) if gradient is None else in_layout_of(tensor, gradient)
+            values[0].new_empty(0) if gradient is None else in_layout_of(tensor, gradient)
             for gradient, tensor in zip(grads, inputs_of(values), strict=True)
         )
 

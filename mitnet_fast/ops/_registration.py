@@ -51,12 +51,12 @@ def empty_for(tensor: torch.Tensor, needed: bool = True, channels: int | None = 
     if channels is not None:
         shape = (tensor.shape[0], channels, *tensor.shape[2:])
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout_of(tensor))
-    return torch.empty_like(tensor, memory_format=layout_of(tensor) if tensor.dim() == 4 else torch.contiguous_format)
+    return torch.empty_like(tensor, memory_format=layout_of(tensor))
 
 
 def in_layout_of(tensor: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A gradient in the layout in which :func:`empty_for` promises it for ``tensor``."""
-    return gradient.contiguous(memory_format=layout_of(tensor) if tensor.dim() == 4 else torch.contiguous_format)
+    return gradient.contiguous(memory_format=layout_of(tensor))
 
 
 def or_empty(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from mitnet_fast import reference
 from mitnet_fast.specs import CONV_RELU, DENSE_BLOCK, RESIDUAL_CONV, Case, compare
 from mitnet_fast.verify import poisoned_memory
 
+from .maps import inside_nan
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -139,14 +141,6 @@ def test_a_partial_sum_of_weights_may_have_several_samples():
         *_, weight, bias = residual_backward(grad, x, joined, *rest, needs, False)
     torch.testing.assert_close(weight, 0.5 * torch.einsum("bohw,bchw->oc", grad, torch.cat([x, joined], 1)))
     torch.testing.assert_close(bias, 0.5 * grad.sum((0, 2, 3)))
-
-
-def inside_nan(tensor, layout):
-    """The same values as the middle samples and channels of a larger map whose others are NaN."""
-    batch, channels, height, width = tensor.shape
-    wide = tensor.new_full((batch + 2, channels + 2, height, width), float("nan")).contiguous(memory_format=layout)
-    wide[1:-1, 1:-1] = tensor
-    return wide[1:-1, 1:-1]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

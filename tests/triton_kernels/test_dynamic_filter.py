@@ -11,6 +11,8 @@ from mitnet_fast.triton_kernels._common import MAX_PIXELS, record_launches
 from mitnet_fast.specs import DYNAMIC_FILTER, PREDICTED_DYNAMIC_FILTER, Case, compare
 from mitnet_fast.verify import poisoned_memory
 
+from .maps import inside_nan
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -82,14 +84,6 @@ def test_exactly_the_wanted_gradients_are_computed():
     assert torch.equal(launchers.dynamic_filter_backward(grad, x, filters, True, True, False)[0], both[0])
     assert torch.equal(launchers.dynamic_filter_backward(grad, x, filters, True, False, True)[1], both[1])
     assert launchers.dynamic_filter_backward(grad, x, filters, True, False, False) == (None, None)
-
-
-def inside_nan(tensor, layout):
-    """The same values as the middle samples and channels of a larger map whose others are NaN."""
-    batch, channels, height, width = tensor.shape
-    wide = tensor.new_full((batch + 2, channels + 2, height, width), float("nan")).contiguous(memory_format=layout)
-    wide[1:-1, 1:-1] = tensor
-    return wide[1:-1, 1:-1]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

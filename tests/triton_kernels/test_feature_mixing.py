@@ -22,6 +22,8 @@ from mitnet_fast.specs import (
 )
 from mitnet_fast.verify import poisoned_memory
 
+from .maps import inside_nan
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -126,14 +128,6 @@ def test_hidden_channels_of_several_blocks_change_no_gradient_of_x(monkeypatch):
     monkeypatch.setattr(launchers, "configuration", lambda *what: {**tuned(*what), "BLOCK_H": 16})
     for gradient, expected in zip(backward(POINTWISE_MLP, grads, tensors), together, strict=True):
         torch.testing.assert_close(gradient, expected)
-
-
-def inside_nan(tensor, layout):
-    """The same values as the middle samples and channels of a larger map whose others are NaN."""
-    batch, channels, height, width = tensor.shape
-    wide = tensor.new_full((batch + 2, channels + 2, height, width), float("nan")).contiguous(memory_format=layout)
-    wide[1:-1, 1:-1] = tensor
-    return wide[1:-1, 1:-1]
 
 
 @every_operator

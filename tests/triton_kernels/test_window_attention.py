@@ -10,6 +10,8 @@ from mitnet_fast.triton_kernels._common import MAX_PIXELS, record_launches
 from mitnet_fast.specs import WINDOW_ATTENTION, Case, compare
 from mitnet_fast.verify import poisoned_memory
 
+from .maps import inside_nan
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
@@ -89,14 +91,6 @@ def test_windows_may_be_shared_by_several_query_blocks(monkeypatch):
     with poisoned_memory():
         results = compare(WINDOW_ATTENTION, case(1, 1, 3, 9, 8, shift=3), "triton", DEVICE)
     assert all(result.passed for result in results), results
-
-
-def inside_nan(tensor, layout):
-    """The same values as the middle samples and channels of a larger map whose others are NaN."""
-    batch, channels, height, width = tensor.shape
-    wide = tensor.new_full((batch + 2, channels + 2, height, width), float("nan")).contiguous(memory_format=layout)
-    wide[1:-1, 1:-1] = tensor
-    return wide[1:-1, 1:-1]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
