@@ -41,7 +41,7 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	git ls-files -z -- '*.cpp' '*.cu' '*.h' '*.cuh' | xargs -0 $(CLANG_FORMAT) --dry-run --Werror
+	git ls-files -z -- '*.c' '*.cpp' '*.cu' '*.h' '*.cuh' | xargs -0 $(CLANG_FORMAT) --dry-run --Werror
 
 docs: $(INSTALLED)
 ifndef PYTHON

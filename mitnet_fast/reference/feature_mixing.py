@@ -89,11 +89,13 @@ def dense_block(
 
     Args and result as in :func:`mitnet_fast.ops.dense_block`.
     """
-    features = x
+    # The gradient of a dilated bfloat16 convolution in channels_last on a CPU reads up to megabytes beyond its memory
+    # (oneDNN 3.12 on AVX-512), and sometimes there is none: in NCHW it does not.
+    features = x.contiguous() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
     for weight, bias in dense_layers(x.shape[1], dense_weight, dense_bias):
         added = F.relu(F.conv2d(features, weight, bias, padding=2, dilation=2))
         features = torch.cat([features, added], 1)
-    return F.relu(_pointwise(features, fuse_weight, fuse_bias)) + x
+    return x + F.relu(_pointwise(features, fuse_weight, fuse_bias))
 
 
 def conv_relu(
