@@ -18,7 +18,8 @@ inputs). For every tensor, outputs and gradients alike, the error is the relativ
   does at ±π, is compared from what the kernel saw: truth and plain PyTorch both start there. Where
   its derivative jumps, as that of a LeakyReLU does at 0, rounding may land on either side: twice
   the distance to the truth on the other side of all values that are 0 within rounding is allowed too,
-  twice since in a sum some of them may cancel each other.
+  twice since in a sum some of them may cancel each other. There the phases that a cosine takes are
+  off by what rounding does to a sum of their terms: a kernel would be held to plain PyTorch's luck.
 
 Both terms come from the inputs, so the rule tightens with easy inputs and relaxes with hard ones,
 where a fixed tolerance would be wrong in both directions. A result that is not finite never passes.
@@ -121,7 +122,8 @@ class OpSpec:
             follow the options.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
             tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
-            ``other_side=True`` derivatives are taken on the other side wherever rounding decides.
+            ``other_side=True`` derivatives are taken on the other side wherever rounding decides, and what no
+            absolute value bounds is rounded.
         absolute: for an operator that subtracts, as a norm does: the reference as a function of the tensor
             arguments, in which absolute values stand for differences too, so that no terms cancel each other.
     """
@@ -595,15 +597,24 @@ def _amplitude_phase_as_seen(
     def formula(x: torch.Tensor, *, other_side: bool = False, **weights: torch.Tensor | None) -> torch.Tensor:
         own = reference.half_spectrum(x)
         parts = (_AsSeen.apply(*pair) for pair in zip(own.unbind(-1), seen.to(x.device).unbind(-1), strict=True))
-        first_layer = on_the_other_side if other_side else None
         return amplitude_phase_conv_of_spectrum(
-            *parts, **weights, **case.options, size=x.shape[-2:], first_layer=first_layer, smallest=smallest
+            *parts,
+            **weights,
+            **case.options,
+            size=x.shape[-2:],
+            map_of_values=map_on_the_other_side if other_side else None,
+            smallest=smallest,
         )
 
-    def on_the_other_side(values, kernel, bias, negative_slope):
-        hidden = F.conv2d(values, kernel, bias)
-        rounding = 8 * case.eps * F.conv2d(values.abs(), kernel.abs(), bias.abs())
-        return hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, negative_slope)
+    def map_on_the_other_side(values, kernel1, bias1, kernel2, bias2, negative_slope):
+        hidden = F.conv2d(values, kernel1, bias1)
+        rounding = 8 * case.eps * F.conv2d(values.abs(), kernel1.abs(), bias1.abs())
+        hidden = hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, negative_slope)
+        result = F.conv2d(hidden, kernel2, bias2)
+        if case.options["mode"] == "amplitude":
+            return result
+        # sums are rounded in proportion to their terms, which no cosine's absolute value shows
+        return result + case.eps / 2 * F.conv2d(hidden.abs(), kernel2.abs(), bias2.abs())
 
     return formula
 

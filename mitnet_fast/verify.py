@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from .ops import BACKENDS, _amplitude_phase, _dynamic_filter, _feature_mixing, _window_attention
@@ -82,10 +83,10 @@ class Verification:
     def render(self) -> Table:
         """One row for each operator, backend and dtype: the worst error, its share of what is allowed, and
         the median ratio to the error of plain PyTorch."""
-        operator = Column("operator", overflow="fold")
-        table = Table(operator, "backend", "dtype", "calls", "error", "of allowed", "vs eager", "")
-        for column in table.columns[3:7]:
-            column.justify = "right"
+        names = (Column(name, no_wrap=True) for name in ("operator", "backend", "dtype"))
+        numbers = (Column(name, justify="right") for name in ("calls", "error", "of allowed", "vs eager"))
+        # no lines between columns: every name fits into 80 characters
+        table = Table(*names, *numbers, "", box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
         groups: dict[tuple[str, str, str, str], list[Check]] = {}
         for check in self.checks:
             groups.setdefault((check.operator, check.backend, check.device, check.dtype), []).append(check)
@@ -95,13 +96,13 @@ class Verification:
             share = max(check.error / check.allowed if check.allowed else float(check.error > 0) for check in checks)
             table.add_row(
                 operator,
-                f"{backend} ({device})",
+                f"{backend} {device}",
                 dtype,
                 str(len({check.case for check in checks})),
                 f"{max(check.error for check in checks):.1e}",
                 f"{share:.0%}",
                 f"{statistics.median(finite):.2f}" if finite else "–",
-                f"[red]{failed} failed[/]" if failed else "[green]✓[/]",
+                f"[red]{failed} ✗[/]" if failed else "[green]✓[/]",
             )
         return table
 
@@ -210,6 +211,6 @@ def _calls(
 
 
 def _dtypes(kernels: Kernels, backend: str, device: str) -> frozenset[torch.dtype]:
-    if backend == "reference":
-        return frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+    if backend == "reference":  # in which the operator computes; maps of others it converts
+        return frozenset().union(*kernels.dtypes.values())
     return kernels.dtypes.get((backend, device), frozenset())

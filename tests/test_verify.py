@@ -88,10 +88,30 @@ def test_what_is_right_passes_and_every_check_is_written(small, tmp_path):
         assert check["problem"] is None
 
 
-def test_plain_pytorch_is_held_to_its_own_rule(small):
-    checked = verify("dynamic_filter", "reference")
-    assert checked.passed
-    assert {check.dtype for check in checked.checks} == {"float64", "float32", "bfloat16", "float16"}
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_plain_pytorch_is_held_to_its_own_rule(monkeypatch, spec):
+    monkeypatch.setattr(verification, "SPECS", (replace(spec, cases=(spec.typical,)),))
+    checked = verify(spec.family, "reference")
+    assert checked.passed, checked.failures
+    dtypes = {"float64", "float32"} | ({"bfloat16", "float16"} if spec.casts_like_convolution else set())
+    assert {check.dtype for check in checked.checks} == dtypes
+
+
+@pytest.mark.parametrize(
+    ("family", "threads"),
+    [
+        ("amplitude_phase", 2),
+        *(pytest.param(family, 3, marks=pytest.mark.exhaustive) for family in _backends.FAMILIES),
+    ],
+)
+def test_kernels_pass_whatever_number_of_threads_plain_pytorch_rounds_with(family, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        checked = verify(family, "cpp", devices=["cpu"])
+    finally:
+        torch.set_num_threads(before)
+    assert checked.passed, checked.failures
 
 
 @pytest.mark.parametrize("family", _backends.FAMILIES)

@@ -83,27 +83,23 @@ def amplitude_phase_conv_of_spectrum(
     negative_slope: float,
     output_weight: torch.Tensor | None,
     output_bias: torch.Tensor | None,
-    first_layer: Callable[..., torch.Tensor] | None = None,
+    map_of_values: Callable[..., torch.Tensor] | None = None,
     smallest: float | None = None,
 ) -> torch.Tensor:
     """The same from the parts of the half spectrum [B, C, H, W//2 + 1] of an image of ``size`` (H, W).
 
-    ``first_layer`` replaces :func:`convolution_and_leaky_relu`, ``smallest`` the amplitude from which on one does
-    not count as zero.
+    ``map_of_values`` replaces :func:`spectral_map`, ``smallest`` the amplitude from which on one does not count
+    as zero.
     """
     parts = real, imaginary
-
-    def spectral_map(values: torch.Tensor) -> torch.Tensor:
-        layer = first_layer or convolution_and_leaky_relu
-        hidden = layer(values, weight1[:, :, None, None], bias1, negative_slope)
-        return F.conv2d(hidden, weight2[:, :, None, None], bias2)
-
+    weights = weight1[:, :, None, None], bias1, weight2[:, :, None, None], bias2
+    map_of_values = map_of_values or spectral_map
     amplitude, cosine, sine = polar(*parts, smallest)
     if mode == "amplitude":
-        amplitude = spectral_map(amplitude)
+        amplitude = map_of_values(amplitude, *weights, negative_slope)
         real, imaginary = amplitude * cosine, amplitude * sine
     else:
-        phase = spectral_map(torch.atan2(sine, cosine))
+        phase = map_of_values(torch.atan2(sine, cosine), *weights, negative_slope)
         real, imaginary = amplitude * torch.cos(phase), amplitude * torch.sin(phase)
     if output_weight is not None:
         if output_weight.shape[1] != real.shape[1]:
@@ -114,11 +110,16 @@ def amplitude_phase_conv_of_spectrum(
     return y if output_bias is None else y + output_bias[:, None, None]
 
 
-def convolution_and_leaky_relu(
-    values: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor, negative_slope: float
+def spectral_map(
+    values: torch.Tensor,
+    kernel1: torch.Tensor,
+    bias1: torch.Tensor,
+    kernel2: torch.Tensor,
+    bias2: torch.Tensor,
+    negative_slope: float,
 ) -> torch.Tensor:
-    """The first layer of the spectral map."""
-    return F.leaky_relu(F.conv2d(values, kernel, bias), negative_slope)
+    """M: conv1×1 → LeakyReLU → conv1×1."""
+    return F.conv2d(F.leaky_relu(F.conv2d(values, kernel1, bias1), negative_slope), kernel2, bias2)
 
 
 def spectrum_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
