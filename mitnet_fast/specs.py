@@ -882,7 +882,7 @@ def _residual_as_seen(
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         sum_of_products = F.conv2d(x, weight, bias, padding=1)
-        rounding = 8 * torch.finfo(case.dtype).eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1)
+        rounding = 8 * case.eps * F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1)
         passes = (sum_of_products > 0) == (sum_of_products.abs() > rounding)
         return sum_of_products * torch.where(passes, 1.0, case.options["negative_slope"])
 
