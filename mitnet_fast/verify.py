@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +144,8 @@ def verify(
     calls = list(_calls(family, backend, devices, random_cases, not_run))
     checks: list[Check] = []
     begun = time.monotonic()
-    with poisoned_memory():
+    with poisoned_memory(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"var_mean\(\): degrees of freedom")  # plain PyTorch's, of an empty batch
         for index, (spec, case, name, device) in enumerate(calls):
             if seconds is not None and time.monotonic() - begun > seconds:
                 not_run[f"the last {len(calls) - index} of {len(calls)} calls"] = f"{seconds:g} s are over"

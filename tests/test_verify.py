@@ -11,7 +11,7 @@ from mitnet_fast import _C
 from mitnet_fast import verify as verification
 from mitnet_fast.cli import app
 from mitnet_fast.ops import _backends
-from mitnet_fast.specs import DYNAMIC_FILTER, LAYOUTS, SPECS
+from mitnet_fast.specs import DYNAMIC_FILTER, LAYOUTS, NORMALIZED_QKV, SPECS
 from mitnet_fast.verify import KERNELS, verify
 
 COMPUTED = _C.dynamic_filter_forward
@@ -95,6 +95,13 @@ def test_plain_pytorch_is_held_to_its_own_rule(monkeypatch, spec):
     assert checked.passed, checked.failures
     dtypes = {"float64", "float32"} | ({"bfloat16", "float16"} if spec.casts_like_convolution else set())
     assert {check.dtype for check in checked.checks} == dtypes
+
+
+def test_an_empty_batch_is_no_reason_to_warn(monkeypatch, recwarn):
+    empty = replace(NORMALIZED_QKV.typical, sizes=NORMALIZED_QKV.typical.sizes | {"batch": 0})
+    monkeypatch.setattr(verification, "SPECS", (replace(NORMALIZED_QKV, cases=(empty,)),))
+    assert verify("feature_mixing", "cpp", devices=["cpu"]).passed
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
