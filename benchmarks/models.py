@@ -44,6 +44,7 @@ from mitnet_fast.data.haze import synthesise_haze
 from mitnet_fast.data.images import write_image
 from mitnet_fast.data.paired import PairedImages
 from mitnet_fast.data.photographs import photographs
+from mitnet_fast.inference import OVERLAP, restore_tiled
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.specs import TF32_EPS, relative_error
 from mitnet_fast.training import Configuration, System, build_system, load_config
@@ -90,11 +91,13 @@ class Implementation:
         backends: a context in which the network runs on a type of device.
         layout: memory format of its weights and images.
         step: how a training step runs, ``run.step`` of its configuration; "compile" is that for inference too.
+        tile: side of the tiles in which larger images are restored, pixels; None: whole images.
     """
 
     backends: Callable[[str], AbstractContextManager]
     layout: torch.memory_format = torch.contiguous_format
     step: str = "eager"
+    tile: int | None = None
 
 
 def _reference(device: str) -> AbstractContextManager:
@@ -128,6 +131,7 @@ GRAPHED = {  # on GPUs, of training steps
     "fused, CUDA graph": Implementation(_fused, step="cuda_graph"),
     "fused, channels_last, CUDA graph": Implementation(_fused, torch.channels_last, "cuda_graph"),
 }
+TILED = {"tiles of 1024², fused": replace(IMPLEMENTATIONS["fused, channels_last"], tile=1024)}
 COMPILED = {"compile": replace(REFERENCE, step="compile")}  # complex numbers do not compile
 FED = ("plain, channels_last", "fused, channels_last", "fused, channels_last, CUDA graph")  # from disk
 
@@ -192,12 +196,13 @@ def prepare(
     torch.manual_seed(0)
     model = NETWORKS[network]().to(device, memory_format=implementation.layout).eval()
     compiled = torch.compile(model) if implementation.step == "compile" else None
+    tile = implementation.tile or size
 
     @torch.no_grad()
     def restore(index: int = 0) -> torch.Tensor:
         with autocast(dtype, device):
             hazy = batches[index % copies]["hazy"]
-            return compiled(hazy).restored if compiled else model.restore(hazy)
+            return compiled(hazy).restored if compiled else restore_tiled(model.restore, hazy, tile, OVERLAP)
 
     return restore
 

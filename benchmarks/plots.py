@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 INK, FAINT, GRID = "#1f2328", "#59636e", "#d9dee3"
 COLOURS = {"plain": "#9aa4af", "compile": "#d9a441", "kernel": "#1f6feb", "second kernel": "#8250df"}
 NETWORK_COLOURS = ("#1f6feb", "#bc4c00")
-STYLE = {"plain": (0, (3, 2)), "fused": "-"}
+STYLE = {"plain": (0, (3, 2)), "fused": "-", "tiles": ":"}
 MARKERS = "osD^vPX*ph<>"
 PICTURES = ("operators", "networks", "roofline", "scaling")
 
@@ -179,7 +179,9 @@ def scaling(rows: Sequence[dict]) -> Figure:
         for network, colour in zip(networks, NETWORK_COLOURS, strict=False):
             for kind, style in STYLE.items():
                 line = [r for r in chosen if r["network"] == network and r["implementation"].startswith(kind)]
-                _with_percentiles(axes, line, over, field, color=colour, linestyle=style, label=f"{network}, {kind}")
+                if line:
+                    label = f"{network}, {kind}"
+                    _with_percentiles(axes, line, over, field, color=colour, linestyle=style, label=label)
         places = sorted({row[over] for row in chosen})
         axes.set_xscale("log", base=2)
         if over == "side":
@@ -193,7 +195,7 @@ def scaling(rows: Sequence[dict]) -> Figure:
         axes.set_title(label, fontsize=9, color=INK, loc="left")
         _plain(axes, grid="both")
         if over == "side":
-            axes.tick_params(axis="x", labelsize=7)  # so that seven sizes have room
+            axes.tick_params(axis="x", labelsize=7)  # so that eight sizes have room
         if column == 0:
             axes.legend(fontsize=7.5, frameon=False)
     words = f"inference, {rows[0]['dtype']} {rows[0]['precision']}; {where(rows)}"

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling [--network MITNet] [--device cpu] [--seconds 40] [--output NAME]
 
 Sides double from 64 pixels to 8192. An implementation for which time or memory ends drops out, and the other
-goes on alone. A first call, in a process of its own, measures memory; what takes at most five seconds is then
-warmed up and timed at least three times, in turns with the other implementation. Of what takes longer that
-first call is the only one, and its row says so: one run.
+goes on alone; from the largest whole image on, images are restored in tiles too. A first call, in a process of its
+own, measures memory; what takes at most five seconds is then warmed up and timed at least three times, in turns with
+the other implementation. Of what takes longer that first call is the only one, and its row says so: one run.
 
 Nothing is extrapolated: memory per further pixel is that between the two largest sizes, and the image whose
 restoration needs a GiB lies between the two sizes that need less and more.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from mitnet_fast.inference import OVERLAP, window_starts
 
 from .measure import (
     Timing,
@@ -35,15 +37,16 @@ from .measure import (
     take_turns,
     write_results,
 )
-from .models import IMPLEMENTATIONS, INFERENCE, NETWORKS, WARMED_SIZE, prepare, turn
+from .models import IMPLEMENTATIONS, INFERENCE, NETWORKS, TILED, WARMED_SIZE, prepare, turn
 
-SMALLEST, LARGEST = 64, 8192  # sides, pixels
+SIDES = tuple(64 * 2**step for step in range(8))  # pixels
 BATCHES = (1, 2, 4, 8)
 REPEATED = 5.0  # seconds of a call up to which it is timed again
 TURNS = 3  # of what is repeated, at the least
 SECONDS_IN_TURNS = 0.5  # of each implementation, at the least
 MEMORY_SHARE = 0.7  # of what the system has left, for one size
-COMPARED = ("plain, channels_last", "fused, channels_last")
+PLAIN, FUSED = COMPARED = ("plain, channels_last", "fused, channels_last")
+WAYS = IMPLEMENTATIONS | TILED
 GIB = 2**30
 
 
@@ -53,7 +56,7 @@ class Scaling:
 
     Attributes:
         network: its name.
-        implementation: of :data:`.models.IMPLEMENTATIONS`.
+        implementation: of :data:`.models.IMPLEMENTATIONS` or :data:`.models.TILED`.
         batch: images at once.
         side: of the square images, pixels.
         dtype: of network and images.
@@ -87,7 +90,7 @@ class Scaling:
 
 def once(network: str, name: str, batch: int, side: int, device: str) -> tuple[float, float]:
     """Seconds and megabytes above network and images of one call, after a small one that loads libraries."""
-    implementation = IMPLEMENTATIONS[name]
+    implementation = WAYS[name]
     with implementation.backends(device):
         prepare(network, INFERENCE, implementation, 1, WARMED_SIZE, device)()
         call = prepare(network, INFERENCE, implementation, batch, side, device)
@@ -115,15 +118,31 @@ def measure(network: str, device: str, seconds: float, *, batches: Sequence[int]
         batches: numbers of images of 128×128 pixels.
     """
     ends = time.monotonic() + seconds
-    names = COMPARED
-    for step in range((LARGEST // SMALLEST).bit_length()):
-        rows = _rows(network, names, 1, SMALLEST * 2**step, device)
+    names, whole = COMPARED, []
+    for side in SIDES:
+        rows = _rows(network, names, 1, side, device)
         yield from rows
+        whole += rows
         names = _going_on(rows, ends - time.monotonic(), device)
         if not names:
             break
+    seconds_of_side = {row.side: row.seconds for row in whole if row.implementation == FUSED}
+    yield from _in_tiles(network, seconds_of_side, ends, device)
     for batch in batches[1:]:
-        yield from _rows(network, COMPARED, batch, 2 * SMALLEST, device)
+        yield from _rows(network, COMPARED, batch, SIDES[1], device)
+
+
+def _in_tiles(network: str, whole: Mapping[int, float], ends: float, device: str) -> Iterator[Scaling]:
+    """Images from the largest whole one on, for as long as there is time for all tiles.
+
+    ``whole`` has the seconds of a whole image by its side.
+    """
+    for name, implementation in TILED.items():
+        tile = implementation.tile
+        for side in SIDES[SIDES.index(max(whole)) :] if tile in whole else ():
+            tiles = len(window_starts(side, tile, OVERLAP)) ** 2
+            if tiles > 1 and tiles * whole[tile] < ends - time.monotonic():
+                yield from _rows(network, [name], 1, side, device)
 
 
 def _rows(network: str, names: Sequence[str], batch: int, side: int, device: str) -> list[Scaling]:
@@ -143,7 +162,7 @@ def _rows(network: str, names: Sequence[str], batch: int, side: int, device: str
             batch=batch,
             side=side,
             dtype="float32",
-            layout="channels_last" if IMPLEMENTATIONS[name].layout == torch.channels_last else "contiguous",
+            layout="channels_last" if WAYS[name].layout == torch.channels_last else "contiguous",
             precision=float32_precision(device),
             seconds=timings[name].median,
             p20_seconds=timings[name].p20,
@@ -163,7 +182,7 @@ def _in_turns(network: str, names: Sequence[str], batch: int, side: int, device:
         return {}
     try:
         return take_turns(
-            {name: turn(network, INFERENCE, IMPLEMENTATIONS[name], batch, side, device) for name in names},
+            {name: turn(network, INFERENCE, WAYS[name], batch, side, device) for name in names},
             device,
             seconds=SECONDS_IN_TURNS,
             least=TURNS,
@@ -269,7 +288,7 @@ def main() -> None:
     rows = [asdict(row) for row in measured]
     show(rows, console)
     for network in networks:
-        for name in COMPARED:
+        for name in (*COMPARED, *TILED):
             value = bytes_per_further_pixel(rows, network, name)
             if value is not None:
                 image = image_per_gib(rows, network, name) or "no image measured"

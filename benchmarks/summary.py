@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mitnet_fast.inference import OVERLAP
+
 from .models import WITH_DATA
 from .plots import where
-from .scaling import REPEATED, bytes_per_further_pixel, image_per_gib
+from .scaling import REPEATED, SIDES, bytes_per_further_pixel, image_per_gib
 from .targets import Verdict, judge, judge_work
 
 BEGIN, END = "<!-- performance: written by benchmarks/summary.py -->", "<!-- /performance -->"
@@ -186,7 +188,7 @@ def _scaling(rows: Rows) -> Iterator[str]:
     first = rows[0]
     yield (
         f"{first['dtype']}, {first['precision']}; each implementation goes on until its time or memory ends (commit "
-        f"{first['commit']}), larger images go by `dehaze --tile`."
+        f"{first['commit']}). Larger images go by tiles that overlap by {OVERLAP} pixels or more: `dehaze --tile 1024`."
     )
     yield ""
     yield (
@@ -241,13 +243,14 @@ def _not_measured(found: Mapping[str, Rows], device: str) -> Iterator[str]:
             of_networks.discard((row["name"], row["work"]))
     kinds = sorted({f"{row['dtype']}, {row['layout']}" for row in operators})
     largest = {row["network"]: row["side"] for row in sorted(found["scaling"], key=lambda row: row["side"])}
+    ended = [f"{side}² ({name})" for name, side in largest.items() if side < SIDES[-1]]
     missing = {
         "anything on a GPU (`make gpu-report` does)": device == "cpu",
         "whole networks under `torch.compile` (`--compile`, minutes)": of_networks,
         f"{len(of_operators)} operators and shapes under `torch.compile` (`--compile`)": of_operators,
         f"operators in other types and layouts than {' and '.join(kinds)} (`python -m benchmarks.ops`)": operators,
         "memory of whole networks": all(row["memory_mb"] is None for row in networks),
-        f"images larger than {' and '.join(f'{side}² ({name})' for name, side in largest.items())}": largest,
+        f"images larger than {' and '.join(ended)}": ended,
         "images of other sizes": not largest,
         "counted work": not found["work"],
         "what lower precision costs": not found["precision"],

@@ -31,6 +31,7 @@ from .data.images import EXTENSIONS, check_writable, read_image, read_size, writ
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AUTO = "auto"
+OVERLAP = 64  # pixels that neighbouring tiles share, unless told otherwise
 CPU = torch.device("cpu")
 
 Restoration = Callable[[torch.Tensor], torch.Tensor]
@@ -125,7 +126,7 @@ def dehaze_files(
     suffix: str = "",
     extension: str | None = None,
     tile: int | Literal["auto"] | None = AUTO,
-    overlap: int = 64,
+    overlap: int = OVERLAP,
     compare: bool = False,
     self_ensemble: bool = False,
     progress: Callable[[int, int, FileResult], None] | None = None,
@@ -200,7 +201,7 @@ def restore(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
-    overlap: int = 64,
+    overlap: int = OVERLAP,
     self_ensemble: bool = False,
 ) -> tuple[torch.Tensor, float]:
     """Restore one image with a network that is where `place` put it.
@@ -255,7 +256,7 @@ def restore_tiled(restoration: Restoration, image: torch.Tensor, tile: int, over
         ValueError: ``tile`` or ``overlap`` outside what is allowed.
     """
     check_tiling(tile, overlap)
-    rows, columns = (_starts(side, tile, overlap) for side in image.shape[-2:])
+    rows, columns = (window_starts(side, tile, overlap) for side in image.shape[-2:])
     if len(rows) == len(columns) == 1:
         return restoration(image)
     height, width = (min(side, tile) for side in image.shape[-2:])
@@ -405,7 +406,7 @@ def _ensemble(restoration: Restoration, image: torch.Tensor) -> torch.Tensor:
     return total / 8
 
 
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
+def window_starts(side: int, tile: int, overlap: int) -> list[int]:
     """First pixels of evenly spread windows that cover ``side`` and overlap by at least ``overlap``."""
     if side <= tile:
         return [0]

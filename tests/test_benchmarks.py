@@ -35,6 +35,7 @@ from benchmarks import (
     work,
 )
 from mitnet_fast.cli import app
+from mitnet_fast.inference import CPU, restore
 from mitnet_fast.models import DCMPNet, MITNet
 from mitnet_fast.ops import _backends
 from mitnet_fast.specs import PREDICTED_DYNAMIC_FILTER, expectations
@@ -753,6 +754,43 @@ def test_only_long_calls_are_not_timed_again(device, monkeypatch):
     ]
     assert (512**2, (FUSED_SIZES,)) in turns
     assert all(row.p20_seconds == row.seconds == row.p80_seconds for row in single)
+
+
+def test_larger_images_are_restored_in_tiles_as_long_as_there_is_time(monkeypatch):
+    (tiles,) = models.TILED
+    of_a_tile = 10.0  # seconds; smaller images take none
+
+    def seconds(name, pixels):
+        return of_a_tile * (pixels // 1024**2)
+
+    def measured(largest_whole, left=1e9):
+        def megabytes(name, pixels):
+            return 1.0 if name == tiles or pixels <= largest_whole**2 // 4 else 2.0
+
+        return sizes_measured(monkeypatch, seconds, megabytes, 4 * 1.5 / scaling.MEMORY_SHARE, left=left)[0]
+
+    for whole, tiled in ((512, []), (1024, [2048, 4096, 8192]), (4096, [4096, 8192]), (8192, [8192])):
+        rows = measured(whole)
+        assert sides(rows, FUSED_SIZES)[-1] == whole
+        assert sides(rows, tiles) == tiled
+        assert [(row.side, row.batch) for row in rows[-2:]] == [(128, 2), (128, 2)]
+    for left, tiled in ((9 * of_a_tile - 1, []), (9 * of_a_tile + 1, [2048])):  # three by three overlap
+        assert sides(measured(1024, left=2 * of_a_tile + left), tiles) == tiled
+
+
+def test_tiles_are_those_of_dehaze(monkeypatch):
+    monkeypatch.setattr(models, "OVERLAP", 16)
+    (tiled,) = models.TILED.values()
+    whole = models.prepare("MITNet", models.INFERENCE, replace(tiled, tile=None), 1, 48, "cpu")()
+    in_tiles = models.prepare("MITNet", models.INFERENCE, replace(tiled, tile=32), 1, 48, "cpu")()
+    torch.manual_seed(0)
+    network = models.NETWORKS["MITNet"]().to(memory_format=tiled.layout).eval()
+    hazy = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(whole, restore(network, hazy.to(memory_format=tiled.layout), device=CPU)[0])
+        expected, _ = restore(network, hazy, device=CPU, tile=32, overlap=16)
+    torch.testing.assert_close(in_tiles, expected)
+    assert not torch.allclose(in_tiles, whole)
 
 
 def test_time_that_has_run_out_ends_at_the_first_size(monkeypatch):

@@ -72,7 +72,7 @@ def test_no_kernel_touches_what_lies_beyond_a_tensor(guarded, side):
 @pytest.mark.exhaustive
 @either_side
 def test_no_kernel_touches_what_lies_beyond_a_tensor_in_any_case(guarded, side):
-    run = guarded(VERIFY.format(cases="*spec.cases, *spec.benchmark_cases[-1:]", random_cases=50), side)
+    run = guarded(VERIFY.format(cases="*spec.cases,", random_cases=20), side)
     assert run.returncode == 0, run.stderr
 
 
