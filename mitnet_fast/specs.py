@@ -18,8 +18,9 @@ inputs). For every tensor, outputs and gradients alike, the error is the relativ
   does at ±π, is compared from what the kernel saw: truth and plain PyTorch both start there. Where
   its derivative jumps, as that of a LeakyReLU does at 0, rounding may land on either side: twice
   the distance to the truth on the other side of all values that are 0 within rounding is allowed too,
-  twice since in a sum some of them may cancel each other. There the phases that a cosine takes are
-  off by what rounding does to a sum of their terms: a kernel would be held to plain PyTorch's luck.
+  twice since in a sum some of them may cancel each other. So is twice the distance to the truth whose
+  computed phases are off by the rounding of their terms: a cosine has the same absolute value however
+  far its argument is rounded, and a kernel would be held to what plain PyTorch reaches by luck.
 
 Both terms come from the inputs, so the rule tightens with easy inputs and relaxes with hard ones,
 where a fixed tolerance would be wrong in both directions. A result that is not finite never passes.
@@ -51,6 +52,8 @@ from .reference.window_attention import padding
 
 # what an operator returns: a map, or several tensors
 Results = torch.Tensor | tuple[torch.Tensor, ...]
+# the reference, and the same as rounding may have it
+Formulas = tuple[Callable[..., torch.Tensor], ...]
 LAYOUTS = ("contiguous", "channels_last", "strided", "expanded")
 FLOAT64_LIMIT = 1e-12
 TF32_EPS = 2.0**-10
@@ -121,9 +124,8 @@ class OpSpec:
         decided: what the public function decides for the registered operator, every possibility, as arguments that
             follow the options.
         as_seen: for an operator that jumps: case, tensors and backend to the reference, as a function of the
-            tensor arguments in any dtype, that starts from what the backend saw of these tensors. With
-            ``other_side=True`` derivatives are taken on the other side wherever rounding decides, and what no
-            absolute value bounds is rounded.
+            tensor arguments in any dtype, that starts from what the backend saw of these tensors; and to the same
+            as rounding may have it, such as with derivatives on the other side wherever rounding decides.
         absolute: for an operator that subtracts, as a norm does: the reference as a function of the tensor
             arguments, in which absolute values stand for differences too, so that no terms cancel each other.
     """
@@ -144,7 +146,7 @@ class OpSpec:
     results: tuple[str, ...] = ("y",)
     deviations: Callable[[Case], Mapping[str, float]] | None = None
     decided: Sequence[tuple[bool, ...]] = ((),)
-    as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Callable[..., torch.Tensor]] | None = None
+    as_seen: Callable[[Case, Mapping[str, torch.Tensor | None], str | None], Formulas] | None = None
     absolute: Callable[..., Results] | None = None
 
     def inputs(self, case: Case, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
@@ -310,17 +312,17 @@ def expectations(
     needs: Mapping[str, bool] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What the results of ``backend`` are held to, computed on the CPU: truth, operation on absolute values, eager."""
-    formula = spec.as_seen(case, tensors, backend) if spec.as_seen else None
+    seen, *rounded = spec.as_seen(case, tensors, backend) if spec.as_seen else (None,)
 
-    def plain(change: Callable[[torch.Tensor], torch.Tensor], formula: Callable[..., Results] | None = formula):
+    def plain(change: Callable[[torch.Tensor], torch.Tensor], formula: Callable[..., Results] | None = seen):
         host = {name: None if t is None else change(t.detach().cpu()) for name, t in tensors.items()}
         changed = tree_map(lambda t: change(t.cpu()), gradient)
         return outputs_and_gradients(spec, case, host, changed, "reference", needs, formula)
 
     truth, absolute = plain(lambda t: t.double()), plain(lambda t: t.double().abs(), spec.absolute)
-    if formula and case.dtype != torch.float64:
-        for name, other in plain(lambda t: t.double(), partial(formula, other_side=True)).items():
-            absolute[name] = absolute[name] + (other - truth[name]).abs() / (4 * case.eps)
+    for formula in rounded if case.dtype != torch.float64 else ():
+        for name, other in plain(lambda t: t.double(), formula).items():
+            absolute[name] = absolute[name].abs() + (other - truth[name]).abs() / (4 * case.eps)
     return truth, absolute, plain(lambda t: t)
 
 
@@ -581,9 +583,7 @@ class _AsSeen(torch.autograd.Function):
         return grad, None
 
 
-def _amplitude_phase_as_seen(
-    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
-) -> Callable[..., torch.Tensor]:
+def _amplitude_phase_as_seen(case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Formulas:
     """The reference from the spectrum that ``backend`` sees of ``x``, where the same amplitudes count as zero."""
     x = tensors["x"].detach()
     sizes = sizes_of(x, tensors["weight1"], tensors["output_weight"])
@@ -594,29 +594,27 @@ def _amplitude_phase_as_seen(
         seen = amplitude_phase_launchers(chosen).amplitude_phase_conv_spectrum(x)
     smallest = SMALLEST_AMPLITUDE[x.dtype]
 
-    def formula(x: torch.Tensor, *, other_side: bool = False, **weights: torch.Tensor | None) -> torch.Tensor:
+    def formula(
+        x: torch.Tensor, map_of_values: Callable[..., torch.Tensor] | None = None, **weights: torch.Tensor | None
+    ) -> torch.Tensor:
         own = reference.half_spectrum(x)
         parts = (_AsSeen.apply(*pair) for pair in zip(own.unbind(-1), seen.to(x.device).unbind(-1), strict=True))
-        return amplitude_phase_conv_of_spectrum(
-            *parts,
-            **weights,
-            **case.options,
-            size=x.shape[-2:],
-            map_of_values=map_on_the_other_side if other_side else None,
-            smallest=smallest,
-        )
+        more = {"size": x.shape[-2:], "map_of_values": map_of_values, "smallest": smallest}
+        return amplitude_phase_conv_of_spectrum(*parts, **weights, **case.options, **more)
 
-    def map_on_the_other_side(values, kernel1, bias1, kernel2, bias2, negative_slope):
+    def on_the_other_side(values, kernel1, bias1, kernel2, bias2, negative_slope):
         hidden = F.conv2d(values, kernel1, bias1)
         rounding = 8 * case.eps * F.conv2d(values.abs(), kernel1.abs(), bias1.abs())
         hidden = hidden * torch.where((hidden > 0) == (hidden.abs() > rounding), 1.0, negative_slope)
-        result = F.conv2d(hidden, kernel2, bias2)
-        if case.options["mode"] == "amplitude":
-            return result
-        # sums are rounded in proportion to their terms, which no cosine's absolute value shows
-        return result + case.eps / 2 * F.conv2d(hidden.abs(), kernel2.abs(), bias2.abs())
+        return F.conv2d(hidden, kernel2, bias2)
 
-    return formula
+    def with_rounded_sums(values, kernel1, bias1, kernel2, bias2, negative_slope):
+        hidden = F.leaky_relu(F.conv2d(values, kernel1, bias1), negative_slope)
+        rounding = case.eps / 2 * F.conv2d(hidden.abs(), kernel2.abs(), bias2.abs())
+        return F.conv2d(hidden, kernel2, bias2) + rounding
+
+    of_values = (on_the_other_side, with_rounded_sums) if case.options["mode"] == "phase" else (on_the_other_side,)
+    return formula, *(partial(formula, map_of_values=rounded) for rounded in of_values)
 
 
 def _amplitude_phase_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
@@ -759,9 +757,7 @@ def _mixing_weights(channels: int) -> dict[str, tuple[int, ...]]:
     return weights | {"proj_weight": (channels, channels), "proj_bias": (channels,)}
 
 
-def _mlp_as_seen(
-    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
-) -> Callable[..., torch.Tensor]:
+def _mlp_as_seen(case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Formulas:
     """The reference, whose ReLU may let through what is 0 within rounding, or not."""
 
     def formula(
@@ -776,7 +772,7 @@ def _mlp_as_seen(
         passes = (hidden > 0) != (hidden.abs() <= rounding)
         return x + F.conv2d(hidden * passes, weight2[..., None, None], bias2)
 
-    return formula
+    return formula, partial(formula, other_side=True)
 
 
 def _qkv_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
@@ -820,9 +816,7 @@ def _random_dense(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     return sizes | {"channels": random.choice((1, 3, 7, 24)), "growth": random.choice((1, 4, 20, 32))}, options
 
 
-def _dense_as_seen(
-    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
-) -> Callable[..., torch.Tensor]:
+def _dense_as_seen(case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Formulas:
     """The reference, whose ReLUs may let through what is 0 within rounding, or not."""
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: int) -> torch.Tensor:
@@ -842,7 +836,7 @@ def _dense_as_seen(
             features = torch.cat([features, added], 1)
         return layer(features, fuse_weight[..., None, None], fuse_bias) + x
 
-    return formula
+    return formula, partial(formula, other_side=True)
 
 
 def _conv_shapes(case: Case) -> dict[str, tuple[int, ...] | None]:
@@ -875,9 +869,7 @@ def _random_residual(random: Random) -> tuple[dict[str, int], dict[str, object]]
     }
 
 
-def _residual_as_seen(
-    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
-) -> Callable[..., torch.Tensor]:
+def _residual_as_seen(case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Formulas:
     """The reference, whose LeakyReLUs may have either slope at what is 0 within rounding."""
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -899,7 +891,7 @@ def _residual_as_seen(
         identity = F.conv2d(maps, identity_weight[..., None, None], identity_bias)
         return residual + case.options["identity_scale"] * identity
 
-    return formula
+    return formula, partial(formula, other_side=True)
 
 
 def _conv_output(case: Case) -> tuple[int, ...]:
@@ -913,9 +905,7 @@ def _random_conv(random: Random) -> tuple[dict[str, int], dict[str, object]]:
     return sizes | {"joined": random.choice((0, 0, 1, 16, 20)), "out": random.choice((1, 7, 16, 40, 64))}, options
 
 
-def _conv_as_seen(
-    case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None
-) -> Callable[..., torch.Tensor]:
+def _conv_as_seen(case: Case, tensors: Mapping[str, torch.Tensor | None], backend: str | None) -> Formulas:
     """The reference, whose ReLU may let through what is 0 within rounding, or not."""
 
     def formula(
@@ -930,7 +920,7 @@ def _conv_as_seen(
         largest = F.conv2d(maps.abs(), weight.abs(), padding=1) * factor.abs() + summand.abs()
         return result * ((result > 0) != (result.abs() <= 8 * case.eps * largest))
 
-    return formula
+    return formula, partial(formula, other_side=True)
 
 
 def _mixed(batch: int, channels: int, height: int, width: int, **more: int) -> Case:

@@ -86,6 +86,16 @@ def test_bytes_and_operations_are_those_counted_by_hand(name, number):
     assert spec.flops(case) == tuple(operations)
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.as_seen], ids=lambda spec: spec.name)
+def test_what_rounding_decides_takes_nothing_from_what_it_may_do_to_every_term(spec):
+    tensors, case = spec.inputs(spec.typical), spec.typical
+    gradient = spec.gradient(case, spec.uninitialized(case))
+    truth, absolute, _ = expectations(spec, case, tensors, gradient, "reference")
+    reference_alone = replace(spec, as_seen=lambda *call: spec.as_seen(*call)[:1])
+    _, terms, _ = expectations(reference_alone, case, tensors, gradient, "reference")
+    assert all((absolute[name] >= terms[name].abs()).all() for name in truth)
+
+
 def test_no_terms_cancel_in_the_bound_of_a_norm():
     case = NORMALIZED_QKV.typical
     tensors = NORMALIZED_QKV.inputs(case)
