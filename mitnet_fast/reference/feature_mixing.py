@@ -89,8 +89,9 @@ def dense_block(
 
     Args and result as in :func:`mitnet_fast.ops.dense_block`.
     """
-    # The gradient of a dilated bfloat16 convolution in channels_last on a CPU reads up to megabytes beyond its memory
-    # (oneDNN 3.12 on AVX-512), and sometimes there is none: in NCHW it does not.
+    # The gradient of a dilated bfloat16 convolution in channels_last on a CPU reads up to megabytes beyond its memory,
+    # where there may be none (oneDNN 3.12 on AVX-512); in NCHW it does not. The result keeps the layout of x, which
+    # comes first in the sum.
     features = x.contiguous() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
     for weight, bias in dense_layers(x.shape[1], dense_weight, dense_bias):
         added = F.relu(F.conv2d(features, weight, bias, padding=2, dilation=2))

@@ -49,7 +49,8 @@ def guarded(tmp_path_factory):
 
     def run(code, side="behind"):
         environment = os.environ | {"LD_PRELOAD": str(library), "GUARD_PAGES": side}
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        command = [sys.executable, "-X", "faulthandler", "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     return run
 
