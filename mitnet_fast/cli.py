@@ -152,7 +152,9 @@ def dehaze(
     tile: Annotated[
         str, typer.Option(help="Side of the tiles, pixels, or none; auto takes tiles where memory is short.")
     ] = "auto",
-    overlap: Annotated[int, typer.Option(min=0, help="Pixels that neighbouring tiles share and blend.")] = 64,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; 64 or half a tile by default.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Report how far tiles are from whole images, by restoring these too.")
     ] = False,

@@ -31,7 +31,7 @@ from .data.images import EXTENSIONS, check_writable, read_image, read_size, writ
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AUTO = "auto"
-OVERLAP = 64  # pixels that neighbouring tiles share, unless told otherwise
+OVERLAP = 64  # pixels that neighbouring tiles share, where that is not more than half of one
 CPU = torch.device("cpu")
 
 Restoration = Callable[[torch.Tensor], torch.Tensor]
@@ -126,7 +126,7 @@ def dehaze_files(
     suffix: str = "",
     extension: str | None = None,
     tile: int | Literal["auto"] | None = AUTO,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     compare: bool = False,
     self_ensemble: bool = False,
     progress: Callable[[int, int, FileResult], None] | None = None,
@@ -148,7 +148,7 @@ def dehaze_files(
         extension: of the results, such as ".png"; None keeps each input's, or ".png" where that names no format.
         tile: largest side of the windows to restore one by one, pixels; None restores whole images, "auto" those that
             fit into memory, and others in the largest tiles that do.
-        overlap: least overlap of neighbouring tiles, pixels, below ``tile``.
+        overlap: least overlap of neighbouring tiles, pixels, below ``tile``; None: 64, or half of smaller tiles.
         compare: also restore the full frame, or as much of its middle as fits into memory, and report how far the
             tiles are from it.
         self_ensemble: mean over the eight flips and transpositions of each image: eight times the work.
@@ -163,7 +163,7 @@ def dehaze_files(
             then.
         OSError: ``output_dir`` cannot be made or written to.
     """
-    check_tiling(None if tile == AUTO else tile, overlap)
+    check_tiling(None if tile == AUTO else tile, _overlap(tile, overlap))
     check_dtype(dtype)
     if compare and tile is None:
         raise ValueError("compare: there is nothing to compare without tile")
@@ -201,7 +201,7 @@ def restore(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     tile: int | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     self_ensemble: bool = False,
 ) -> tuple[torch.Tensor, float]:
     """Restore one image with a network that is where `place` put it.
@@ -212,7 +212,7 @@ def restore(
         device: where the network is.
         dtype: float32, or the half precision of autocast.
         tile: largest side of the windows, pixels; None restores the whole image at once.
-        overlap: least overlap of neighbouring tiles, pixels.
+        overlap: least overlap of neighbouring tiles, pixels, below ``tile``; None: 64, or half of smaller tiles.
         self_ensemble: mean over the eight flips and transpositions.
 
     Returns:
@@ -221,6 +221,7 @@ def restore(
     Raises:
         ValueError: an argument outside what is allowed, or a network whose result has another shape.
     """
+    overlap = _overlap(tile, overlap)
     check_tiling(tile, overlap)
     check_dtype(dtype)
 
@@ -299,6 +300,13 @@ def check_tiling(tile: int | None, overlap: int) -> None:
         raise ValueError(f"tile and overlap: expected tile ≥ 1 and 0 ≤ overlap < tile, got {tile} and {overlap}")
 
 
+def _overlap(tile: int | str | None, overlap: int | None) -> int:
+    """The overlap that was asked for, or that of the tile."""
+    if overlap is not None:
+        return overlap
+    return min(OVERLAP, tile // 2) if isinstance(tile, int) and tile > 0 else OVERLAP
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError unless networks can run in ``dtype``."""
     if dtype not in DTYPES:
@@ -311,7 +319,7 @@ def _dehaze_file(
     source: Path,
     target: Path,
     tile: int | str | None,
-    overlap: int,
+    overlap: int | None,
     compare: bool,
 ) -> FileResult:
     size = read_size(source)
@@ -340,19 +348,23 @@ def _dehaze_file(
     return FileResult(source, target, "", seconds, *image.rgb.shape[-2:], deviation, tuple(notes))
 
 
-def _sample(hazy: torch.Tensor, fits: int, tile: int, overlap: int) -> tuple[torch.Tensor, int]:
+def _sample(hazy: torch.Tensor, fits: int, tile: int, overlap: int | None) -> tuple[torch.Tensor, int]:
     """The largest square in the middle that can be restored whole, and tiles that are smaller than it."""
     side = min(fits, *hazy.shape[-2:])
     rows, columns = (slice((length - side) // 2, (length + side) // 2) for length in hazy.shape[-2:])
-    return hazy[..., rows, columns], tile if tile < side else max(side // 2, overlap + 1)
+    return hazy[..., rows, columns], tile if tile < side else max(side // 2, _overlap(side // 2, overlap) + 1)
 
 
 def _restored(
-    run: Callable[..., tuple[torch.Tensor, float]], hazy: torch.Tensor, tile: int | None, overlap: int, adapt: bool
+    run: Callable[..., tuple[torch.Tensor, float]],
+    hazy: torch.Tensor,
+    tile: int | None,
+    overlap: int | None,
+    adapt: bool,
 ) -> tuple[torch.Tensor, float, int | None]:
     """Result, seconds and tile; ``adapt`` takes ever smaller tiles where the device's memory ends after all."""
     while True:
-        if adapt and tile is not None and tile <= overlap:
+        if adapt and tile is not None and overlap is not None and tile <= overlap:
             raise MemoryError(f"tiles of {tile} pixels fit, which is not above the overlap of {overlap}")
         try:
             return *run(hazy, tile=tile), tile

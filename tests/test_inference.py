@@ -329,7 +329,7 @@ class TestRefusals:
             ({"suffix": "/../x"}, "suffix: expected part of a file name"),
             ({"suffix": "a\\b"}, "suffix: expected part of a file name"),
             ({"tile": 0}, "expected tile ≥ 1 and 0 ≤ overlap < tile, got 0 and 64"),
-            ({"tile": 64}, "got 64 and 64"),
+            ({"tile": 64, "overlap": 64}, "got 64 and 64"),
             ({"tile": 64, "overlap": -1}, "got 64 and -1"),
             ({"overlap": -1}, "got None and -1"),
             ({"tile": "large"}, "got large and 64"),
@@ -366,6 +366,16 @@ class TestTiles:
         assert set(windows) == {tuple(min(side, tile) for side in size)}
         counts = [1 if side <= tile else -(-(side - overlap) // (tile - overlap)) for side in size]
         assert len(windows) == counts[0] * counts[1]
+
+    @pytest.mark.parametrize(("tile", "overlap"), [(1, 0), (33, 16), (128, 64), (160, 64)])
+    def test_tiles_share_64_pixels_or_half_of_one(self, tile: int, overlap: int) -> None:
+        image = torch.rand(1, 3, 5, 2 * tile, generator=torch.Generator().manual_seed(0))
+        default, told, other = (
+            restore(Global(), image, device=CPU, tile=tile, **options)[0]
+            for options in ({}, {"overlap": overlap}, {"overlap": overlap - 1 if overlap else None})
+        )
+        assert torch.equal(default, told)
+        assert torch.equal(default, other) == (overlap == 0)
 
     def test_one_tile_is_the_full_frame(self) -> None:
         image = torch.rand(1, 3, 32, 20)
