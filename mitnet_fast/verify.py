@@ -82,10 +82,10 @@ class Verification:
         return tuple(check for check in self.checks if not check.passed)
 
     def render(self) -> Table:
-        """One row for each operator, backend and dtype: the worst error, its share of what is allowed, and
-        the median ratio to the error of plain PyTorch."""
+        """One row for each operator, backend and dtype: the largest error, the largest share of what is allowed,
+        and the median ratio to the error of plain PyTorch."""
         names = (Column(name, no_wrap=True) for name in ("operator", "backend", "dtype"))
-        numbers = (Column(name, justify="right") for name in ("calls", "error", "of allowed", "vs eager"))
+        numbers = (Column(name, justify="right", no_wrap=True) for name in ("calls", "error", "share", "ratio"))
         # no lines between columns: every name fits into 80 characters
         table = Table(*names, *numbers, "", box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
         groups: dict[tuple[str, str, str, str], list[Check]] = {}
