@@ -196,13 +196,17 @@ def prepare(
     torch.manual_seed(0)
     model = NETWORKS[network]().to(device, memory_format=implementation.layout).eval()
     compiled = torch.compile(model) if implementation.step == "compile" else None
-    tile = implementation.tile or size
+
+    def restored(hazy: torch.Tensor) -> torch.Tensor:
+        if compiled:
+            return compiled(hazy).restored
+        tile = implementation.tile
+        return model.restore(hazy) if tile is None else restore_tiled(model.restore, hazy, tile, OVERLAP)
 
     @torch.no_grad()
     def restore(index: int = 0) -> torch.Tensor:
         with autocast(dtype, device):
-            hazy = batches[index % copies]["hazy"]
-            return compiled(hazy).restored if compiled else restore_tiled(model.restore, hazy, tile, OVERLAP)
+            return restored(batches[index % copies]["hazy"])
 
     return restore
 

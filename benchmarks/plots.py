@@ -180,8 +180,8 @@ def scaling(rows: Sequence[dict]) -> Figure:
             for kind, style in STYLE.items():
                 line = [r for r in chosen if r["network"] == network and r["implementation"].startswith(kind)]
                 if line:
-                    label = f"{network}, {kind}"
-                    _with_percentiles(axes, line, over, field, color=colour, linestyle=style, label=label)
+                    drawn = {"color": colour, "linestyle": style, "label": f"{network}, {kind}"}
+                    _with_percentiles(axes, line, over, field, **drawn)
         places = sorted({row[over] for row in chosen})
         axes.set_xscale("log", base=2)
         if over == "side":

@@ -45,8 +45,10 @@ REPEATED = 5.0  # seconds of a call up to which it is timed again
 TURNS = 3  # of what is repeated, at the least
 SECONDS_IN_TURNS = 0.5  # of each implementation, at the least
 MEMORY_SHARE = 0.7  # of what the system has left, for one size
-PLAIN, FUSED = COMPARED = ("plain, channels_last", "fused, channels_last")
+COMPARED = ("plain, channels_last", "fused, channels_last")
+FUSED = COMPARED[-1]
 WAYS = IMPLEMENTATIONS | TILED
+BYTES_IN_TILES = 52  # of each pixel: two images, the sum of restored tiles and of their weights, the quotient
 GIB = 2**30
 
 
@@ -126,22 +128,19 @@ def measure(network: str, device: str, seconds: float, *, batches: Sequence[int]
         names = _going_on(rows, ends - time.monotonic(), device)
         if not names:
             break
-    seconds_of_side = {row.side: row.seconds for row in whole if row.implementation == FUSED}
-    yield from _in_tiles(network, seconds_of_side, ends, device)
+    yield from _in_tiles(network, {row.side: row for row in whole if row.implementation == FUSED}, ends, device)
     for batch in batches[1:]:
         yield from _rows(network, COMPARED, batch, SIDES[1], device)
 
 
-def _in_tiles(network: str, whole: Mapping[int, float], ends: float, device: str) -> Iterator[Scaling]:
-    """Images from the largest whole one on, for as long as there is time for all tiles.
-
-    ``whole`` has the seconds of a whole image by its side.
-    """
+def _in_tiles(network: str, whole: Mapping[int, Scaling], ends: float, device: str) -> Iterator[Scaling]:
+    """Images from the largest whole one on, while time and memory last; ``whole`` has the whole ones by their side."""
     for name, implementation in TILED.items():
-        tile = implementation.tile
-        for side in SIDES[SIDES.index(max(whole)) :] if tile in whole else ():
-            tiles = len(window_starts(side, tile, OVERLAP)) ** 2
-            if tiles > 1 and tiles * whole[tile] < ends - time.monotonic():
+        tile = whole.get(implementation.tile)
+        for side in SIDES[SIDES.index(max(whole)) :] if tile else ():
+            tiles = len(window_starts(side, implementation.tile, OVERLAP)) ** 2
+            seconds, memory_mb = _seconds_of_all(tiles * tile.seconds), tile.memory_mb + BYTES_IN_TILES * side**2 / 1e6
+            if tiles > 1 and seconds < ends - time.monotonic() and _fits(memory_mb, device):
                 yield from _rows(network, [name], 1, side, device)
 
 
@@ -196,22 +195,24 @@ def _in_turns(network: str, names: Sequence[str], batch: int, side: int, device:
 def _going_on(rows: Sequence[Scaling], left: float, device: str) -> tuple[str, ...]:
     """The implementations whose next size fits into memory and into the seconds left, the faster one first."""
     chosen = []
-    for row in sorted(rows, key=lambda row: row.seconds):
-        # a GPU says itself when its memory ends, a system stops processes
-        if device != "cuda" and 4 * row.memory_mb > MEMORY_SHARE * _available_mb():
+    for row in sorted(rows, key=lambda row: row.seconds):  # the next size has four times the pixels
+        if not _fits(4 * row.memory_mb, device):
             continue
-        left -= _expected(row)
+        left -= _seconds_of_all(4 * row.seconds)
         if left < 0:
             break
         chosen.append(row.implementation)
     return tuple(name for name in COMPARED if name in chosen)
 
 
-def _expected(row: Scaling) -> float:
-    """Seconds of all calls at twice the side, four times the pixels."""
-    call = 4 * row.seconds
-    # the one that measures memory, then, of what is repeated, one to warm up and the turns
+def _seconds_of_all(call: float) -> float:
+    """What all calls of a size take: the one that measures memory; of what is repeated, a warm-up and the turns too."""
     return call if call > REPEATED else 2 * call + max(TURNS * call, SECONDS_IN_TURNS)
+
+
+def _fits(memory_mb: float, device: str) -> bool:
+    """Whether so much is there: a GPU says itself when its memory ends, a system stops processes."""
+    return device == "cuda" or memory_mb <= MEMORY_SHARE * _available_mb()
 
 
 def _available_mb() -> float:

@@ -187,8 +187,8 @@ def _scaling(rows: Rows) -> Iterator[str]:
     yield ""
     first = rows[0]
     yield (
-        f"{first['dtype']}, {first['precision']}; each implementation goes on until its time or memory ends (commit "
-        f"{first['commit']}). Larger images go by tiles that overlap by {OVERLAP} pixels or more: `dehaze --tile 1024`."
+        f"{first['dtype']}, {first['precision']}; whole images up to where time or memory ends (commit "
+        f"{first['commit']}). Larger ones go by tiles that overlap by {OVERLAP} pixels or more: `dehaze --tile 1024`."
     )
     yield ""
     yield (

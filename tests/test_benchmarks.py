@@ -763,11 +763,11 @@ def test_larger_images_are_restored_in_tiles_as_long_as_there_is_time(monkeypatc
     def seconds(name, pixels):
         return of_a_tile * (pixels // 1024**2)
 
-    def measured(largest_whole, left=1e9):
+    def measured(largest_whole, left=1e9, much=2000.0):
         def megabytes(name, pixels):
-            return 1.0 if name == tiles or pixels <= largest_whole**2 // 4 else 2.0
+            return 1.0 if name == tiles or pixels <= largest_whole**2 // 4 else much
 
-        return sizes_measured(monkeypatch, seconds, megabytes, 4 * 1.5 / scaling.MEMORY_SHARE, left=left)[0]
+        return sizes_measured(monkeypatch, seconds, megabytes, 3 * much / scaling.MEMORY_SHARE, left=left)[0]
 
     for whole, tiled in ((512, []), (1024, [2048, 4096, 8192]), (4096, [4096, 8192]), (8192, [8192])):
         rows = measured(whole)
@@ -776,21 +776,40 @@ def test_larger_images_are_restored_in_tiles_as_long_as_there_is_time(monkeypatc
         assert [(row.side, row.batch) for row in rows[-2:]] == [(128, 2), (128, 2)]
     for left, tiled in ((9 * of_a_tile - 1, []), (9 * of_a_tile + 1, [2048])):  # three by three overlap
         assert sides(measured(1024, left=2 * of_a_tile + left), tiles) == tiled
+    assert sides(measured(1024, much=1500.0), tiles) == [2048, 4096]  # of 8192² the image alone has 3,490 MB
+
+
+@pytest.mark.parametrize("name", scaling.WAYS)
+def test_a_call_of_every_implementation_is_timed(name):
+    seconds, megabytes = scaling.once("MITNet", name, 1, 64, "cpu")
+    assert 0 < seconds < 60
+    assert 0 < megabytes < 1000
 
 
 def test_tiles_are_those_of_dehaze(monkeypatch):
     monkeypatch.setattr(models, "OVERLAP", 16)
     (tiled,) = models.TILED.values()
-    whole = models.prepare("MITNet", models.INFERENCE, replace(tiled, tile=None), 1, 48, "cpu")()
     in_tiles = models.prepare("MITNet", models.INFERENCE, replace(tiled, tile=32), 1, 48, "cpu")()
     torch.manual_seed(0)
     network = models.NETWORKS["MITNet"]().to(memory_format=tiled.layout).eval()
     hazy = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.equal(whole, restore(network, hazy.to(memory_format=tiled.layout), device=CPU)[0])
-        expected, _ = restore(network, hazy, device=CPU, tile=32, overlap=16)
-    torch.testing.assert_close(in_tiles, expected)
-    assert not torch.allclose(in_tiles, whole)
+    torch.testing.assert_close(in_tiles, restore(network, hazy, device=CPU, tile=32, overlap=16)[0])
+    assert not torch.allclose(in_tiles, restore(network, hazy, device=CPU)[0])
+
+
+def test_the_picture_of_sizes_names_panels_and_lines():
+    (tiles,) = models.TILED
+    rows = [
+        asdict(size("MITNet", name, batch, side, 1.0, 3, 100.0))
+        for name, batch, side in ((FUSED_SIZES, 1, 64), (FUSED_SIZES, 2, 128), (FUSED_SIZES, 1, 128), (tiles, 1, 8192))
+    ]
+    axes = plots.scaling(rows).axes
+    assert [each.get_title(loc="left") for each in axes] == [
+        "seconds per image",
+        "peak memory, MB",
+        "seconds per image of 128²",
+    ]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["MITNet, fused", "MITNet, tiles"]
 
 
 def test_time_that_has_run_out_ends_at_the_first_size(monkeypatch):
