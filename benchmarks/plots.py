@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import atan2, degrees
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -46,7 +47,10 @@ def draw(folder: Path) -> list[Path]:
             file = folder / f"{name}.{suffix}"
             file.unlink(missing_ok=True)
             if name in figures:
-                figures[name].savefig(file, dpi=150, bbox_inches="tight", facecolor="white")
+                # neither dates nor random names: the same results give the same files
+                with rc_context({"svg.hashsalt": name}):
+                    metadata = {"Date": None} if suffix == "svg" else None
+                    figures[name].savefig(file, dpi=150, bbox_inches="tight", facecolor="white", metadata=metadata)
                 written.append(file)
     return written
 
