@@ -882,7 +882,7 @@ def test_the_summary_tells_how_far_images_and_precision_go(quick_run, tmp_path):
     further = (1280e6 - 640e6) / (128**2 - 64**2)
     side = int((64**2 + (2**30 - 640e6) / further) ** 0.5)
     assert f"| DCMPNet | fused, channels_last | 128² | 1 | 7.81 | {further:,.0f} | {side}² |" in text
-    assert "float32, IEEE; each implementation" in text
+    assert "float32, IEEE; whole images up to where" in text
     assert "| MITNet | phase stage | bfloat16 | 25.000 | -0.013 | 3.2 |" in text
     missing = "CPU: predicted_dynamic_filter [2, 20, 256, 256], forward + backward: time against eager"
     assert f"| {missing} | ≥ 5.00× |  | not measured |" in text
