@@ -25,3 +25,16 @@ def interruptible() -> None:
     """From here on Ctrl-C is a KeyboardInterrupt, where it ended the process."""
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = _come_again
+
+
+def _come_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat an interrupt that ended in a finaliser, where Python reports and forgets it, once that is over."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    import threading  # not from the start, when every import is time in which Ctrl-C may come
+
+    again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    again.daemon = True
+    again.start()

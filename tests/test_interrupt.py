@@ -25,6 +25,23 @@ IMAGES = 300
 PROGRAM = [sys.executable, "-X", "importtime", "-m", "mitnet_fast"]
 COMMAND = [*PROGRAM, "dehaze", "in", "-w", "w.safetensors", "-o", "out"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+IN_A_FINALISER = """
+import os, signal, time
+from mitnet_fast._interrupt import interruptible, leave
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+signal.signal(signal.SIGINT, leave)
+interruptible()
+try:
+    Finalised()
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(IMAGES):
         Image.fromarray(pixels).save(folder / f"in/{index}.png")
     return folder
+
+
+def test_ctrl_c_in_a_finaliser_comes_again():
+    begun = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", IN_A_FINALISER], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "interrupted\n", "")
+    assert time.monotonic() - begun < 10
 
 
 def interrupted(
