@@ -76,6 +76,7 @@ CHECKED_SEEDS = 3  # problems; one may hold a phase at ±π that rounding flips,
 GRADIENTS_DIFFER = {torch.float64: 1e-9, torch.float32: 0.05}
 STEPS_DIFFER = 0.01  # of the same steps run in another way, relative: Adam enlarges what rounding leaves
 COPIES = 3  # batches that the turns rotate through
+TILE = 1024  # pixels, side of the tiles in which images are restored where whole ones end
 DTYPES = ("float32", "bfloat16")
 PHOTOGRAPH_SIDE = 620  # longer side of the photographs on disk, pixels: that of the indoor training set
 
@@ -131,7 +132,7 @@ GRAPHED = {  # on GPUs, of training steps
     "fused, CUDA graph": Implementation(_fused, step="cuda_graph"),
     "fused, channels_last, CUDA graph": Implementation(_fused, torch.channels_last, "cuda_graph"),
 }
-TILED = {"tiles of 1024², fused": replace(IMPLEMENTATIONS["fused, channels_last"], tile=1024)}
+TILED = {f"tiles of {TILE}², fused": replace(IMPLEMENTATIONS["fused, channels_last"], tile=TILE)}
 COMPILED = {"compile": replace(REFERENCE, step="compile")}  # complex numbers do not compile
 FED = ("plain, channels_last", "fused, channels_last", "fused, channels_last, CUDA graph")  # from disk
 

@@ -137,7 +137,9 @@ def _in_tiles(network: str, whole: Mapping[int, Scaling], ends: float, device: s
     """Images from the largest whole one on, while time and memory last; ``whole`` has the whole ones by their side."""
     for name, implementation in TILED.items():
         tile = whole.get(implementation.tile)
-        for side in SIDES[SIDES.index(max(whole)) :] if tile else ():
+        if tile is None:
+            continue
+        for side in SIDES[SIDES.index(max(whole)) :]:
             tiles = len(window_starts(side, implementation.tile, OVERLAP)) ** 2
             seconds, memory_mb = _seconds_of_all(tiles * tile.seconds), tile.memory_mb + BYTES_IN_TILES * side**2 / 1e6
             if tiles > 1 and seconds < ends - time.monotonic() and _fits(memory_mb, device):

@@ -17,7 +17,7 @@ from typing import Any
 
 from mitnet_fast.inference import OVERLAP
 
-from .models import WITH_DATA
+from .models import TILE, WITH_DATA
 from .plots import where
 from .scaling import REPEATED, SIDES, bytes_per_further_pixel, image_per_gib
 from .targets import Verdict, judge, judge_work
@@ -188,7 +188,7 @@ def _scaling(rows: Rows) -> Iterator[str]:
     first = rows[0]
     yield (
         f"{first['dtype']}, {first['precision']}; whole images up to where time or memory ends (commit "
-        f"{first['commit']}). Larger ones go by tiles that overlap by {OVERLAP} pixels or more: `dehaze --tile 1024`."
+        f"{first['commit']}). Larger ones go by tiles that overlap by {OVERLAP} pixels or more: `dehaze --tile {TILE}`."
     )
     yield ""
     yield (

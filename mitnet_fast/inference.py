@@ -364,7 +364,7 @@ def _restored(
 ) -> tuple[torch.Tensor, float, int | None]:
     """Result, seconds and tile; ``adapt`` takes ever smaller tiles where the device's memory ends after all."""
     while True:
-        if adapt and tile is not None and overlap is not None and tile <= overlap:
+        if adapt and tile is not None and tile <= _overlap(tile, overlap):
             raise MemoryError(f"tiles of {tile} pixels fit, which is not above the overlap of {overlap}")
         try:
             return *run(hazy, tile=tile), tile
